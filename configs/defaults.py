@@ -1,0 +1,57 @@
+"""Every field of a decoding config, with its default. Configs start here and set what differs."""
+
+from ml_collections import ConfigDict
+
+
+def decoding() -> ConfigDict:
+    """What decode.check and decode.generate read; an unknown field is an error."""
+    config = ConfigDict()
+
+    # The three models. path: Hugging Face directory, GGUF file, or hub id; empty leaves the role
+    # out. template: how the role is prompted: "raw", "chat" (the chat template of its tokenizer),
+    # "reference" (what the published code feeds Llama-2-chat), or a format string with {prompt}
+    # and optionally {system} and {response_prefix}.
+    for role in ("base", "expert", "antiexpert"):
+        config[role] = ConfigDict({"path": "", "dtype": "bfloat16", "template": "raw"})
+    config.method = "proxy"  # proxy, or one model alone: base, expert, antiexpert
+    config.plan = "separate"  # or stacked: M+ and M- of one shape in one pass
+
+    # s = s_M + alpha (s_+ - s_-), plus (beta - 1) (s_M - s_-).
+    config.alpha = 1.0
+    config.alpha_schedule = ()  # instead: ((first step, alpha), ...)
+    config.alpha_field = ""  # instead: a field of each row, a number or such a schedule
+    config.beta = 1.0
+    config.base_filter = ConfigDict({"top_p": 1.0, "min_p": 0.0})  # of M, before the shift
+
+    # The prompts, one JSON object a line: a field, or a template over fields ("{question} ...").
+    config.prompts = ConfigDict(
+        {"path": "", "field": "prompt", "template": "", "id_field": "", "limit": 0}
+    )
+    config.system_prompt = ""
+    config.response_prefix = ""  # how the answer begins, in every role's context
+
+    # Decoding. temperature 0 is greedy.
+    config.sampling = ConfigDict({"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
+    config.max_new_tokens = 256
+    config.min_new_tokens = 0
+    config.samples = 1
+    config.seed = 0
+    config.stop = ()  # strings that end a text
+    config.banned = ()  # strings that may not be generated
+    config.banned_first = ()  # strings that may not come first
+    config.repetition_penalty = 1.0
+    config.eos_ids = ()  # by default those of the models
+
+    # The run.
+    config.batch_size = 8
+    config.chunk_steps = 16  # steps between two looks of the host
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # one may be -1: all devices left
+    config.replicate = ()  # logical axes not to split: "kv_heads", "vocab", ...
+    config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
+    config.distributed = False  # call jax.distributed.initialize(): one process a host
+
+    # The output.
+    config.output_dir = ""
+    config.save_token_ids = False
+    config.overwrite = False
+    return config.lock()

@@ -1,0 +1,7 @@
+"""Decoding: the compiled engine, what keeps it busy, and the programs that use it."""
+
+from decode.requests import Completion, Options
+from decode.sampling import Sampling, Truncation
+from decode.scheduler import Generator
+
+__all__ = ["Completion", "Generator", "Options", "Sampling", "Truncation"]

@@ -1,0 +1,98 @@
+"""Looks at a trio before anything heavy is loaded, and says plainly what is wrong.
+
+    python -m decode.check --config=configs/qwen25_7b.py
+
+Prints each model's family, size and dtype, how the vocabularies agree, the logit soft-caps, the
+prompt of each role for the first example, and the memory a device needs. Exits with status 2 and
+one line if the job cannot run.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+import launch
+from decode import job, memory
+from proxy_jax.tokenization import Prompt
+from proxy_jax.trio import Trio, open_trio
+
+_EXAMPLE = "What is the capital of France?"
+
+
+def main(config: ConfigDict) -> None:
+    """Prints the report."""
+    specs, options = job.model_specs(config), job.options(config)
+    place = job.placement(config)
+    trio = open_trio(specs)
+    print_models(trio)
+    print_vocabulary(trio)
+    if config.prompts.path:
+        rows = job.read_prompts(config)
+    else:
+        rows = [job.PromptRow(0, Prompt(_EXAMPLE, config.system_prompt, config.response_prefix))]
+    print_prompts(trio, rows[0].prompt)
+    requests, contexts = job.job_requests(trio, options, rows)
+    estimate = memory.estimate(trio, place, options.batch_size, contexts)
+    print_memory(estimate, contexts, len(requests), options.batch_size)
+    trio.check_placement(place)
+    trio.passes(config.plan)
+    place.check_divides("batch", options.batch_size, "batch_size")
+    estimate.check()
+    print("\nready")
+
+
+def print_models(trio: Trio) -> None:
+    """One line a role: what it is."""
+    print("models")
+    for role, member in trio.members.items():
+        config = member.config
+        size = memory.parameters(config) / 1e9
+        caps = f"soft-cap {config.final_softcap:g}" if config.final_softcap else "no soft-cap"
+        print(
+            f"  {role:10} {config.family}, {size:.2f} B parameters in {member.spec.dtype}, "
+            f"{config.num_layers} layers, context {config.max_positions}, {caps}\n"
+            f"             {member.spec.path}"
+        )
+
+
+def print_vocabulary(trio: Trio) -> None:
+    """How the tokenizers agree."""
+    vocabulary = trio.vocabulary
+    print(f"\nvocabulary\n  {vocabulary.size} rows, {vocabulary.tokens} tokens")
+    print(f"  {int(vocabulary.shared.sum())} ids shared by all roles; only these get the offset")
+    words = trio.tokenizer.convert_ids_to_tokens
+    for role, moved in vocabulary.moved.items():
+        examples = "".join(f" {i}: {words(i)!r}" for i in moved[:3])
+        print(f"  {role}: {len(moved)} moved{examples}, {vocabulary.absent[role]} absent")
+    for role, padding in vocabulary.padding.items():
+        print(f"  {role}: {padding} padding rows, masked")
+    print(f"  texts end at {', '.join(f'{i} {words(i)!r}' for i in trio.eos_ids()) or 'no id'}")
+
+
+def print_prompts(trio: Trio, prompt: Prompt) -> None:
+    """What each role reads for one example."""
+    print("\nprompts of the first example")
+    for role, ids in trio.encode(prompt).items():
+        text = trio.tokenizer.decode(ids)
+        print(f"  {role}, template {trio.members[role].spec.template!r}, {len(ids)} tokens")
+        print("".join(f"    | {line}\n" for line in text.split("\n")), end="")
+
+
+def print_memory(
+    estimate: memory.Estimate, contexts: dict[str, int], requests: int, batch: int
+) -> None:
+    """What a device needs."""
+    gib = memory.GIB
+    print(f"\nmemory a device ({requests} completions, {batch} at a time)")
+    for role, weights in estimate.weights.items():
+        print(
+            f"  {role:10} weights {weights / gib:7.2f} GiB, "
+            f"cache {estimate.caches[role] / gib:6.2f} GiB for {contexts[role]} tokens a row"
+        )
+    have = "unknown" if estimate.available is None else f"{estimate.available / gib:.2f} GiB"
+    print(f"  logits     {estimate.logits / gib:.2f} GiB")
+    print(f"  total      {estimate.total / gib:.2f} GiB of {have}")
+
+
+if __name__ == "__main__":
+    launch.run(main)

@@ -1,0 +1,204 @@
+"""A decoding job as its config says: specs, options, placement and prompts, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from decode.requests import Options, Request, as_schedule
+from decode.sampling import Sampling, Truncation
+from decode.scheduler import longest_contexts, make_requests
+from proxy_jax.errors import InputError
+from proxy_jax.sharding import Placement, ShardingRules, make_mesh
+from proxy_jax.tokenization import Prompt
+from proxy_jax.trio import ROLES, ModelSpec, Role, Trio
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+    """One line of the prompt file.
+
+    Attributes:
+      line: its number, from 1.
+      prompt: the logical prompt.
+      id: the value of the id field; None without one.
+      alpha: the row's own coefficient or schedule; None without one.
+    """
+
+    line: int
+    prompt: Prompt
+    id: Any = None
+    alpha: Any = None
+
+
+def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:
+    """The models that the config's method runs; one alone plays the base.
+
+    Raises:
+      InputError: an unknown method, or one whose model has no path.
+    """
+    specs: dict[Role, ModelSpec] = {
+        role: ModelSpec(
+            os.path.expandvars(config[role].path), config[role].dtype, config[role].template
+        )
+        for role in ROLES
+        if config[role].path
+    }
+    if config.method == "proxy":
+        if "base" not in specs:
+            raise InputError("base.path is empty: which model is M?")
+        return specs
+    if config.method not in ROLES:
+        raise InputError(f"method {config.method!r} is unknown; use proxy, {', '.join(ROLES)}")
+    if config.method not in specs:
+        raise InputError(f"method is {config.method!r}, but {config.method}.path is empty")
+    return {"base": specs[config.method]}
+
+
+def options(config: ConfigDict) -> Options:
+    """How the config says to decode.
+
+    Raises:
+      InputError: a value out of range.
+    """
+    sampling, base = config.sampling, config.base_filter
+    _check_range("sampling.temperature", sampling.temperature, 0.0, float("inf"))
+    for name, part in (("sampling", sampling), ("base_filter", base)):
+        _check_range(f"{name}.top_p", part.top_p, 0.0, 1.0)
+        _check_range(f"{name}.min_p", part.min_p, 0.0, 1.0)
+    filtered = base.top_p < 1.0 or base.min_p > 0.0
+    return Options(
+        batch_size=config.batch_size,
+        max_new_tokens=config.max_new_tokens,
+        alpha=as_schedule(config.alpha_schedule or config.alpha),
+        beta=config.beta,
+        sampling=Sampling(sampling.temperature or None, _truncation(sampling)),
+        samples=config.samples,
+        seed=config.seed,
+        base_filter=_truncation(base) if filtered else None,
+        stop=tuple(config.stop),
+        banned=tuple(config.banned),
+        banned_first=tuple(config.banned_first),
+        min_new_tokens=config.min_new_tokens,
+        repetition_penalty=config.repetition_penalty,
+        eos_ids=tuple(config.eos_ids) or None,
+        chunk_steps=config.chunk_steps,
+    )
+
+
+def placement(config: ConfigDict) -> Placement:
+    """The mesh and rules of the config.
+
+    Raises:
+      InputError: a mesh that does not fit the devices, or an unknown logical axis.
+    """
+    known = {field.name for field in dataclasses.fields(ShardingRules)}
+    if unknown := set(config.replicate) - known:
+        raise InputError(
+            f"replicate: {sorted(unknown)[0]!r} is not one of {', '.join(sorted(known))}"
+        )
+    rules = ShardingRules(**dict.fromkeys(config.replicate))
+    return Placement(make_mesh(config.mesh.to_dict()), rules)
+
+
+def stacked_layers(config: ConfigDict) -> bool | None:
+    """Whether layers are scanned; None leaves it to the backend."""
+    known = {"auto": None, "scanned": True, "unrolled": False}
+    if config.layers not in known:
+        raise InputError(f"layers {config.layers!r} is unknown; use {', '.join(known)}")
+    return known[config.layers]
+
+
+def read_prompts(config: ConfigDict) -> list[PromptRow]:
+    """Reads the prompt file.
+
+    Raises:
+      InputError: names the line that is malformed, lacks a field, or is empty.
+    """
+    prompts = config.prompts
+    if not prompts.path:
+        raise InputError("prompts.path is empty: which JSONL file holds the prompts?")
+    path = Path(os.path.expandvars(prompts.path)).expanduser()
+    rows: list[PromptRow] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if prompts.limit and len(rows) == prompts.limit:
+                    break
+                if line.strip():
+                    rows.append(_prompt_row(config, f"{path}:{number}", number, line))
+    except OSError as error:
+        raise InputError(f"prompts.path {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from error
+    if not rows:
+        raise InputError(f"{path}: no prompts")
+    return rows
+
+
+def job_requests(
+    trio: Trio, options: Options, rows: list[PromptRow]
+) -> tuple[list[Request], dict[str, int]]:
+    """All requests of a job, and its longest context by role.
+
+    Raises:
+      InputError: names the prompt that is too long for a model.
+    """
+    alphas = [options.alpha if row.alpha is None else row.alpha for row in rows]
+    prompts = [row.prompt for row in rows]
+    names = [f"line {row.line}" for row in rows]
+    requests = make_requests(trio, options, prompts, alphas, names)
+    return requests, longest_contexts(requests)
+
+
+def _prompt_row(config: ConfigDict, where: str, number: int, line: str) -> PromptRow:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+    prompts = config.prompts
+
+    def field(name: str) -> Any:
+        if name not in fields:
+            raise InputError(f"{where}: no field {name!r}; it has {', '.join(map(repr, fields))}")
+        return fields[name]
+
+    if prompts.template:
+        try:
+            text = prompts.template.format_map(fields)
+        except KeyError as error:
+            field(str(error.args[0]))  # raises
+            raise
+        except (ValueError, IndexError) as error:
+            raise InputError(f"prompts.template {prompts.template!r}: {error}") from error
+    else:
+        text = field(prompts.field)
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where}: the prompt is {'empty' if text == '' else repr(text)[:40]}")
+    alpha = field(config.alpha_field) if config.alpha_field else None
+    return PromptRow(
+        line=number,
+        prompt=Prompt(text, config.system_prompt, config.response_prefix),
+        id=field(prompts.id_field) if prompts.id_field else None,
+        alpha=None if alpha is None else as_schedule(alpha, f"{where}: {config.alpha_field}"),
+    )
+
+
+def _truncation(part: ConfigDict) -> Truncation:
+    return Truncation(
+        top_k=part.get("top_k") or None,
+        top_p=part.top_p if part.top_p < 1.0 else None,
+        min_p=part.min_p or None,
+    )
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise InputError(f"{name} must be between {low:g} and {high:g}, not {value}")

@@ -1,0 +1,102 @@
+"""How much memory a job needs on each device, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import abstract_params, logical_axes
+from proxy_jax.sharding import Placement, is_axes
+from proxy_jax.trio import Trio
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Bytes a device needs.
+
+    Attributes:
+      weights, caches: by role.
+      logits: float32 logits of all roles and the arithmetic on them.
+      available: bytes the device has; None if it does not say.
+    """
+
+    weights: Mapping[str, int]
+    caches: Mapping[str, int]
+    logits: int
+    available: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.weights.values()) + sum(self.caches.values()) + self.logits
+
+    def check(self) -> None:
+        """Refuses a job that does not fit.
+
+        Raises:
+          InputError: says what is needed and what there is.
+        """
+        if self.available is not None and self.total > self.available:
+            raise InputError(
+                f"the job needs about {self.total / GIB:.1f} GiB a device "
+                f"(weights {sum(self.weights.values()) / GIB:.1f}, "
+                f"caches {sum(self.caches.values()) / GIB:.1f}, logits {self.logits / GIB:.1f}), "
+                f"and {self.available / GIB:.1f} GiB are there; use a smaller dtype, batch or "
+                "max_new_tokens, or a larger mesh"
+            )
+
+
+def estimate(trio: Trio, place: Placement, batch: int, contexts: Mapping[str, int]) -> Estimate:
+    """Memory of a decoding job.
+
+    Args:
+      trio: opened, not loaded.
+      place: mesh and rules.
+      batch: slots.
+      contexts: longest context by role.
+    """
+    weights, caches, logits, seen = {}, {}, 0, set()
+    for role, member in trio.members.items():
+        config, itemsize = member.config, jnp.dtype(member.spec.dtype).itemsize
+        key = (member.spec.path, member.spec.dtype)
+        weights[role] = 0 if key in seen else parameters(config, place) * itemsize
+        seen.add(key)
+        rows = batch / place.split("batch")
+        heads = config.num_kv_heads / place.split("kv_heads")
+        slots = rows * contexts[role] * heads * config.head_dim * config.num_layers
+        caches[role] = int(2 * slots * itemsize)
+        logits += int(rows * config.vocab_size / place.split("vocab") * 4)
+    return Estimate(weights, caches, 2 * logits, _available(place))
+
+
+def parameters(config: ModelConfig, place: Placement | None = None) -> int:
+    """Parameters of a model; with a placement, those that one device holds."""
+    if place is None:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+    held = jax.tree.map(
+        lambda axes, shape: math.prod(place.sharding(axes).shard_shape(shape)),
+        logical_axes(config),
+        shapes,
+        is_leaf=is_axes,
+    )
+    return sum(jax.tree.leaves(held))
+
+
+def _available(place: Placement) -> int | None:
+    assert place.mesh is not None
+    device = place.mesh.local_devices[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    # CPU devices share the machine's memory.
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return memory // len(place.mesh.local_devices)

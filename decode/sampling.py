@@ -1,0 +1,97 @@
+"""From logits to a token: temperature, truncation, and the draw.
+
+Letters: B batch rows, V vocabulary. A setting that is None is left out of the compiled program;
+the others are traced, so that a new value does not recompile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+Scalar = jax.Array | float | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """Which tokens stay in play; several settings apply one after the other, in this order.
+
+    Attributes:
+      top_k: the k most likely tokens.
+      top_p: the fewest tokens whose probabilities reach p; the one that crosses p is kept.
+      min_p: tokens at least this share as likely as the most likely one.
+    """
+
+    top_k: Scalar = None
+    top_p: Scalar = None
+    min_p: Scalar = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature None is greedy: the highest logit, lowest id on ties."""
+
+    temperature: Scalar = None
+    truncation: Truncation = Truncation()
+
+
+def keep(logits: jax.Array, truncation: Truncation) -> jax.Array:
+    """Which tokens a truncation keeps; always at least the most likely one.
+
+    Args:
+      logits: [B, V] float32, -inf for tokens already excluded.
+
+    Returns:
+      [B, V] bool. Tokens with exactly the logit of the last one kept are kept too.
+    """
+    kept = jnp.ones(logits.shape, bool)
+    if truncation.top_k is not None or truncation.top_p is not None:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        inside = jnp.ones(ranked.shape, bool)
+        if truncation.top_k is not None:
+            inside = inside & (jnp.arange(ranked.shape[-1]) < truncation.top_k)[None]
+        if truncation.top_p is not None:
+            probability = jax.nn.softmax(jnp.where(inside, ranked, -jnp.inf), axis=-1)
+            before = jnp.cumsum(probability, axis=-1) - probability
+            inside = inside & (before < truncation.top_p)
+        inside = inside.at[:, 0].set(True)
+        kept = logits >= jnp.min(jnp.where(inside, ranked, jnp.inf), axis=-1, keepdims=True)
+    if truncation.min_p is not None:
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        kept = kept & (logits >= top + jnp.log(jnp.float32(truncation.min_p)))
+    return kept
+
+
+def draw(logits: jax.Array, sampling: Sampling, keys: jax.Array) -> jax.Array:
+    """Picks one token a row.
+
+    Args:
+      logits: [B, V] float32.
+      keys: [B] random keys.
+
+    Returns:
+      [B] int32.
+    """
+    if sampling.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    logits = jnp.where(keep(logits, sampling.truncation), logits, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def row_keys(key: jax.Array, rows: jax.Array, positions: jax.Array) -> jax.Array:
+    """The random key of each row at a position.
+
+    It depends on nothing else, so a row's draws are the same in any batch, chunk or resumed run.
+
+    Args:
+      key: the job's key.
+      rows: [B] identities of the rows.
+      positions: [B] absolute position of the token to be drawn, in M's context.
+    """
+    fold = lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position)  # noqa: E731
+    return jax.vmap(fold)(rows, positions)

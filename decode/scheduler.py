@@ -1,0 +1,337 @@
+"""Keeps the engine's slots full: the host side of decoding, and the Python API.
+
+loaded = load_trio("M", expert="M+", antiexpert="M-")
+for completion in Generator(loaded, Options(alpha=1.0)).generate(["The capital of France is"]):
+    print(completion.text)
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from decode import engine
+from decode.processors import make_processors
+from decode.requests import Completion, FinishReason, Options, Request, Schedule, as_schedule
+from decode.state import DecodeState, Rows
+from decode.text import Detokenizer
+from proxy_jax.errors import InputError
+from proxy_jax.tokenization import Prompt
+from proxy_jax.trio import LoadedTrio, Trio
+
+_SHORTEST_BUCKET = 32
+_CACHE_GRAIN = 128  # cache lengths are multiples of it, so that few programs are compiled
+
+
+class Generator:
+    """Decodes prompts with a loaded trio.
+
+    Attributes:
+      new_tokens: drawn so far, those of unfinished rows included.
+
+    Args:
+      loaded: the trio's weights.
+      options: how to decode.
+
+    Raises:
+      InputError: a batch that the mesh does not divide, or options the tokenizer cannot serve.
+    """
+
+    def __init__(self, loaded: LoadedTrio, options: Options):
+        self.loaded = loaded
+        self.options = options
+        self.program = engine.Program.of(loaded)
+        self.new_tokens = 0
+        loaded.place.check_divides("batch", options.batch_size, "batch_size")
+        trio = loaded.trio
+        self.eos = tuple(trio.eos_ids() if options.eos_ids is None else options.eos_ids)
+        self.settings = engine.Settings(
+            sampling=options.sampling,
+            processors=make_processors(
+                self.eos,
+                [_ids(trio, text) for text in options.banned],
+                [_ids(trio, text)[0] for text in options.banned_first],
+                options.min_new_tokens,
+                options.repetition_penalty,
+            ),
+            base_filter=options.base_filter,
+            beta=None if options.beta == 1.0 else jnp.float32(options.beta),
+            key=jax.random.key(options.seed),
+            shared=trio.vocabulary.shared,  # type: ignore[arg-type]
+            valid=trio.vocabulary.valid,  # type: ignore[arg-type]
+        )
+
+    def generate(
+        self, prompts: Sequence[str | Prompt], alpha: Sequence[float | Schedule] | None = None
+    ) -> list[Completion]:
+        """Completes prompts; `options.samples` completions of each, in order.
+
+        Args:
+          prompts: texts, or Prompts with a system prompt and response prefix.
+          alpha: one coefficient or schedule a prompt, instead of the options'.
+
+        Raises:
+          InputError: a prompt that is empty or too long.
+        """
+        requests = make_requests(self.loaded.trio, self.options, prompts, alpha)
+        chunks = self.stream(requests, longest_contexts(requests))
+        return sorted(itertools.chain.from_iterable(chunks), key=lambda done: done.row)
+
+    def stream(
+        self, requests: Sequence[Request], contexts: Mapping[str, int]
+    ) -> Iterator[list[Completion]]:
+        """Yields the rows that finish, chunk by chunk; their slots go to waiting requests.
+
+        Args:
+          requests: what to make.
+          contexts: by role, the longest context of the whole job; `longest_contexts`. A resumed
+            job passes the same as the first time, and so runs the same programs.
+
+        Raises:
+          InputError: a model's logits became NaN or infinite.
+        """
+        queue = collections.deque(requests)
+        pieces = max((len(request.alpha) for request in requests), default=1)
+        batch = self.options.batch_size
+        slots: list[_Slot | None] = [None] * batch
+        state = self._new_state(contexts, pieces)
+        while queue or any(slots):
+            free = [i for i, slot in enumerate(slots) if slot is None]
+            arrivals = {i: queue.popleft() for i in free[: len(queue)]}
+            if arrivals:
+                state = self._admit(state, arrivals, pieces)
+                for i, request in arrivals.items():
+                    prompt = request.ids["base"]
+                    slots[i] = _Slot(request, Detokenizer(self.loaded.trio.tokenizer, prompt))
+            state, seen = engine.chunk(
+                self.program, self.loaded.params, state, self.settings, self.options.chunk_steps
+            )
+            seen = jax.device_get(seen)
+            finished = self._advance(slots, seen)
+            # A row that met a stop string is still active on the device.
+            halted = [i for i in finished if seen["active"][i]]
+            if halted:
+                state = self._set_rows(state, dict.fromkeys(halted), pieces)
+            yield list(finished.values())
+
+    def _advance(
+        self, slots: list[_Slot | None], seen: Mapping[str, np.ndarray]
+    ) -> dict[int, Completion]:
+        """Hands a chunk's tokens to their slots, and empties those that are done."""
+        finished = {}
+        for i, slot in enumerate(slots):
+            if slot is None:
+                continue
+            if seen["broken"][i].any():
+                role = self.program.roles[int(np.argmax(seen["broken"][i]))]
+                raise InputError(
+                    f"row {slot.request.row}: the logits of the {role} model became NaN or infinite"
+                )
+            new = [int(token) for token in seen["tokens"][i] if token >= 0]
+            slot.ids += new
+            self.new_tokens += len(new)
+            completion = self._finished(slot, active=bool(seen["active"][i]))
+            if completion is not None:
+                finished[i] = completion
+                slots[i] = None
+        return finished
+
+    def _finished(self, slot: _Slot, *, active: bool) -> Completion | None:
+        ids = slot.ids
+        stop = slot.detokenizer.find_stop(ids, self.options.stop)
+        reason: FinishReason
+        if stop is not None:
+            count, text = stop
+            reason, ids = "stop", ids[:count]
+        elif active:
+            return None
+        else:
+            text = slot.detokenizer.text(ids)
+            reason = "eos" if ids[-1] in self.eos else "length"
+        prompts = slot.request.ids
+        return Completion(
+            row=slot.request.row,
+            text=text,
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            prompt_tokens={role: len(prompt) for role, prompt in prompts.items()},
+        )
+
+    def _new_state(self, contexts: Mapping[str, int], pieces: int) -> DecodeState:
+        sizes = tuple(
+            -(-max(contexts[role] for role in one.roles) // _CACHE_GRAIN) * _CACHE_GRAIN
+            for one in self.program.passes
+        )
+        idle = self._rows([None], pieces)
+        return engine.new_state(self.program, sizes, (self.options.batch_size,), idle)
+
+    def _admit(
+        self, state: DecodeState, arrivals: Mapping[int, Request], pieces: int
+    ) -> DecodeState:
+        caches = list(state.caches)
+        for index, one in enumerate(self.program.passes):
+            for length, group in self._groups(one.roles, arrivals):
+                tokens = np.zeros((len(one.roles), len(group), length), np.int32)
+                lengths = np.zeros((len(one.roles), len(group)), np.int32)
+                slots = np.full(len(group), self.options.batch_size, np.int32)
+                for p, slot in enumerate(group):
+                    if slot is None:
+                        continue
+                    slots[p] = slot
+                    for r, role in enumerate(one.roles):
+                        prompt = arrivals[slot].ids[role][:-1]
+                        tokens[r, p, : len(prompt)] = prompt
+                        lengths[r, p] = len(prompt)
+                caches[index] = engine.prefill(
+                    self.program, index, self.loaded.params[index], caches[index],
+                    tokens, lengths, slots,
+                )  # fmt: skip
+        state = dataclasses.replace(state, caches=tuple(caches))
+        return self._set_rows(state, arrivals, pieces)
+
+    def _groups(
+        self, roles: Sequence[str], arrivals: Mapping[int, Request]
+    ) -> Iterator[tuple[int, list[int | None]]]:
+        """Slots to prefill together, padded with None, and the length they are padded to.
+
+        A row's bucket and the rows of a prefill depend on the row's own length alone, so that its
+        numbers do not depend on which requests it happens to arrive with.
+        """
+        buckets: dict[int, list[int]] = collections.defaultdict(list)
+        for slot, request in arrivals.items():
+            longest = max(len(request.ids[role]) - 1 for role in roles)
+            buckets[bucket(longest)].append(slot)
+        default = 128 if jax.default_backend() == "cpu" else 1024
+        budget = self.options.prefill_tokens or default
+        parts = self.loaded.place.split("batch")
+        for length, members in sorted(buckets.items()):
+            count = max(1, min(budget // length, self.options.batch_size))
+            count = -(-count // parts) * parts
+            for first in range(0, len(members), count):
+                group: list[int | None] = list(members[first : first + count])
+                yield length, group + [None] * (count - len(group))
+
+    def _set_rows(
+        self, state: DecodeState, rows: Mapping[int, Request | None], pieces: int
+    ) -> DecodeState:
+        # Always as many rows as slots, so that there is one compiled program.
+        missing = self.options.batch_size - len(rows)
+        slots = np.asarray([*rows, *[self.options.batch_size] * missing], np.int32)
+        return engine.admit(
+            self.program, state, self._rows([*rows.values(), *[None] * missing], pieces), slots
+        )
+
+    def _rows(self, requests: Sequence[Request | None], pieces: int) -> Rows:
+        """The engine's view of requests; None is an idle slot."""
+        count, roles = len(requests), self.program.roles
+        look_back = self.settings.processors.look_back
+        penalty = self.settings.processors.repetition_penalty is not None
+        vocabulary = self.loaded.trio.vocabulary.size
+        rows: dict[str, Any] = {
+            "active": np.zeros(count, bool),
+            "row": np.zeros(count, np.uint32),
+            "last": np.zeros((count, len(roles)), np.int32),
+            "generated": np.zeros(count, np.int32),
+            "limit": np.zeros(count, np.int32),
+            "alpha_starts": np.full((count, pieces), np.iinfo(np.int32).max, np.int32),
+            "alpha_values": np.zeros((count, pieces), np.float32),
+            "recent": np.full((count, look_back), -2, np.int32),
+            "seen": np.zeros((count, vocabulary), bool) if penalty else None,
+            "broken": np.zeros((count, len(roles)), bool),
+        }
+        for i, request in enumerate(requests):
+            if request is None:
+                continue
+            base = list(request.ids["base"])
+            rows["active"][i] = True
+            rows["row"][i] = request.row
+            rows["last"][i] = [request.ids[role][-1] for role in roles]
+            rows["limit"][i] = request.max_new_tokens
+            for piece, (start, value) in enumerate(request.alpha):
+                rows["alpha_starts"][i, piece] = start
+                rows["alpha_values"][i, piece] = value
+            tail = base[-look_back:] if look_back else []
+            rows["recent"][i, look_back - len(tail) :] = tail
+            if penalty:
+                rows["seen"][i, base] = True
+        return Rows(**rows)
+
+
+@dataclasses.dataclass
+class _Slot:
+    """A request being decoded and its tokens so far."""
+
+    request: Request
+    detokenizer: Detokenizer
+    ids: list[int] = dataclasses.field(default_factory=list)
+
+
+def make_requests(
+    trio: Trio,
+    options: Options,
+    prompts: Sequence[str | Prompt],
+    alpha: Sequence[float | Schedule] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[Request]:
+    """Renders and tokenises prompts for every role, and checks that they fit the models.
+
+    Args:
+      trio: its tokenizer and templates.
+      options: how to decode; `options.samples` requests a prompt.
+      prompts: texts, or Prompts.
+      alpha: one coefficient or schedule a prompt, instead of the options'.
+      names: what errors call each prompt; "prompt 0", ... by default.
+
+    Raises:
+      InputError: names the prompt and role that is empty or too long.
+    """
+    requests = []
+    for index, prompt in enumerate(prompts):
+        name = names[index] if names else f"prompt {index}"
+        prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+        if not prompt.text.strip():
+            raise InputError(f"{name}: empty prompt")
+        ids = trio.encode(prompt)
+        for role, member in trio.members.items():
+            context = member.config.max_positions
+            if not ids[role]:
+                raise InputError(f"{name}: no tokens for {role}")
+            if len(ids[role]) + options.max_new_tokens > context:
+                raise InputError(
+                    f"{name}: {len(ids[role])} tokens for {role} and {options.max_new_tokens} "
+                    f"new ones exceed its context of {context}"
+                )
+        schedule = as_schedule(options.alpha if alpha is None else alpha[index], f"{name}: alpha")
+        requests += [
+            Request(index * options.samples + sample, ids, schedule, options.max_new_tokens)
+            for sample in range(options.samples)
+        ]
+    return requests
+
+
+def longest_contexts(requests: Iterable[Request]) -> dict[str, int]:
+    """By role, the most tokens that any request's context may come to."""
+    longest: dict[str, int] = {}
+    for request in requests:
+        for role, ids in request.ids.items():
+            longest[role] = max(longest.get(role, 0), len(ids) + request.max_new_tokens)
+    return longest
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: the next power of two, and at least 32."""
+    return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _ids(trio: Trio, text: str) -> list[int]:
+    ids = trio.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise InputError(f"{text!r} has no tokens in this tokenizer")
+    return ids

@@ -1,0 +1,70 @@
+"""How every program starts: its config flag, one-line errors, the compile cache, many processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from proxy_jax.errors import InputError
+
+BAD_INPUT = 2  # exit status
+
+
+def run(main: Callable[[ConfigDict], None]) -> None:
+    """Parses --config and runs main(config).
+
+    An InputError, or a config that cannot be read, ends the program with one line and status 2.
+    Finished rows and checkpoints are on disk by then: main loses nothing by it.
+    """
+    config = config_flags.DEFINE_config_file(
+        "config",
+        help_string="A Python file with get_config(); see configs/. Any field can be set on the "
+        "command line: --config.alpha=0.5.",
+    )
+
+    def entry(argv: list[str]) -> None:
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if len(argv) > 1:
+                raise InputError(f"unexpected argument {argv[1]!r}; options start with --config.")
+            if config.value is None:
+                raise InputError("--config=FILE is missing; see configs/ for examples")
+            use_compilation_cache()
+            if config.value.distributed:
+                jax.distributed.initialize()
+            main(config.value)
+        except InputError as error:
+            _fail(error)
+
+    app.run(entry, flags_parser=_parse)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a second start is quick.
+
+    In $JAX_COMPILATION_CACHE_DIR, or ~/.cache/proxy_jax/compiled.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        cache = Path("~/.cache/proxy_jax/compiled").expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+        _fail(e)
+        raise  # not reached: _fail exits
+
+
+def _fail(error: Exception) -> None:
+    # One line, whatever a library put into its message.
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(BAD_INPUT)

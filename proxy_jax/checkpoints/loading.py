@@ -1,0 +1,199 @@
+"""Opens checkpoints of any format and loads their weights onto the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxy_jax.checkpoints.gguf import GGUFCheckpoint
+from proxy_jax.checkpoints.names import Tensor, tensors
+from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import Params, logical_axes
+from proxy_jax.sharding import Placement
+
+Progress = Callable[[int], object]
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+class Checkpoint(Protocol):
+    """A model on disk, its tensors under Hugging Face names and in their layout."""
+
+    path: Path
+    hf_config: dict[str, Any]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of a tensor, as floating-point numbers."""
+
+    def tokenizer(self) -> Any:
+        """A transformers tokenizer."""
+
+
+def open_checkpoint(location: str) -> Checkpoint:
+    """Opens a Hugging Face directory, a GGUF file, or a model of the Hugging Face hub.
+
+    Only the config is read, not the weights; a hub model is downloaded first.
+
+    Raises:
+      InputError: nothing there, or nothing that can be read.
+    """
+    path = Path(location).expanduser()
+    if path.is_file():
+        return GGUFCheckpoint(path)
+    if path.is_dir():
+        return SafetensorsCheckpoint(path)
+    if path.suffix == ".gguf" or location.startswith(("/", ".", "~")) or location.count("/") != 1:
+        raise InputError(f"{location}: no such file or directory, and not a hub id (owner/name)")
+    return SafetensorsCheckpoint(_download(location))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # network, authorisation and naming errors of several libraries
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{hub_id}: no such directory, and the hub does not give it ({reason})"
+        ) from error
+
+
+def load_params(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    dtype: Any,
+    place: Placement,
+    *,
+    stacked: bool,
+    progress: Progress = lambda parameters: None,
+) -> Params:
+    """Loads a model's weights, each device's part read on its own.
+
+    Args:
+      checkpoint: the file or directory.
+      config: its architecture.
+      dtype: of the parameters, whatever the file holds.
+      place: the mesh and rules.
+      stacked: one array with a leading axis for all layers, instead of a tuple of layers.
+      progress: called with the number of parameters after each array.
+
+    Raises:
+      InputError: a tensor that is missing, unknown, or of another shape than the config says.
+    """
+    return _load([checkpoint], (), config, dtype, place, stacked, progress)
+
+
+def load_side_by_side(
+    checkpoints: Sequence[Checkpoint],
+    config: ModelConfig,
+    dtype: Any,
+    place: Placement,
+    *,
+    stacked: bool,
+    progress: Progress = lambda parameters: None,
+) -> Params:
+    """Loads models of one architecture as one tree; two or more have a leading axis for the model.
+
+    Args and errors as in `load_params`.
+    """
+    lead = (len(checkpoints),) if len(checkpoints) > 1 else ()
+    return _load(checkpoints, lead, config, dtype, place, stacked, progress)
+
+
+def _load(
+    checkpoints: Sequence[Checkpoint],
+    lead: tuple[int, ...],
+    config: ModelConfig,
+    dtype: Any,
+    place: Placement,
+    stacked: bool,
+    progress: Progress,
+) -> Params:
+    table = {tensor.path: tensor for tensor in tensors(config)}
+    for checkpoint in checkpoints:
+        check_tensors(checkpoint, list(table.values()), tied=config.tied_head)
+    dtype = jnp.dtype(dtype)
+
+    def load(path: tuple[str | int, ...], names: tuple[str | None, ...]) -> jax.Array:
+        layers = config.num_layers if stacked and path[0] == "layers" else 0
+        members = (
+            [table[("layers", i, *path[1:])] for i in range(layers)] if layers else [table[path]]
+        )
+        shape = tuple(dict(members[0].sizes)[letter] for letter in members[0].target)
+        whole = lead + ((layers,) if layers else ()) + shape
+        sharding = place.sharding((None,) * (len(whole) - len(shape)) + names)
+
+        def part(index: Any) -> np.ndarray:
+            rest = index[len(index) - len(shape) :]
+            chosen = checkpoints[index[0]] if lead else checkpoints
+            of_each = members[index[len(lead)]] if layers else members
+            blocks = [_part(c, tensor, rest, dtype) for c in chosen for tensor in of_each]
+            if len(whole) == len(shape):
+                return blocks[0]
+            counts = ((len(chosen),) if lead else ()) + ((len(of_each),) if layers else ())
+            return np.stack(blocks).reshape(*counts, *blocks[0].shape)
+
+        array = jax.make_array_from_callback(whole, sharding, part)
+        progress(array.size)
+        return array
+
+    axes = logical_axes(config)
+    if stacked:
+        axes = {**axes, "layers": axes["layers"][0]}
+    return _map_axes(load, axes)
+
+
+def check_tensors(checkpoint: Checkpoint, table: list[Tensor], *, tied: bool) -> None:
+    """Compares names and shapes of a checkpoint with what the config asks for.
+
+    Raises:
+      InputError: names the tensor.
+    """
+    expected = {tensor.name: tensor for tensor in table}
+    stored = set(checkpoint.names)
+    if tied:
+        stored.discard("lm_head.weight")  # some files store the tied head once more
+    if missing := sorted(set(expected) - stored):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{checkpoint.path}: tensor {missing[0]}{more} is missing")
+    if unknown := sorted(stored - set(expected)):
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise InputError(
+            f"{checkpoint.path}: tensor {unknown[0]}{more} is not part of a model with this config"
+        )
+    for name, tensor in expected.items():
+        if checkpoint.shape(name) != tensor.source_shape:
+            raise InputError(
+                f"{checkpoint.path}: tensor {name} has shape {checkpoint.shape(name)}, "
+                f"the config asks for {tensor.source_shape}"
+            )
+
+
+def _part(
+    checkpoint: Checkpoint, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    array = checkpoint.read(tensor.name, tensor.source_index(index))
+    return np.ascontiguousarray(tensor.to_ours(array), dtype=dtype)
+
+
+def _map_axes(load: Any, axes: Any, path: tuple[str | int, ...] = ()) -> Any:
+    """Maps load(path, axes) over a tree of logical axes."""
+    if isinstance(axes, dict):
+        return {key: _map_axes(load, value, (*path, key)) for key, value in axes.items()}
+    if path == ("layers",):  # a tuple of layers, not of names
+        return tuple(_map_axes(load, value, (*path, i)) for i, value in enumerate(axes))
+    return load(path, axes)

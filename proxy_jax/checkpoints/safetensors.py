@@ -1,0 +1,163 @@
+"""Hugging Face checkpoint directories: read lazily, slice by slice; written in shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from proxy_jax.checkpoints.names import canonical, tensors
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import Params
+from proxy_jax.models.hf_config import config_to_hf
+
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 5 * 10**9
+
+
+class SafetensorsCheckpoint:
+    """A directory with config.json and one or more safetensors files.
+
+    Attributes:
+      path: the directory.
+      hf_config: the parsed config.json.
+
+    Raises:
+      InputError: no config.json or no weights, a shard that is missing or damaged, or a tensor
+        that stands in two shards.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.hf_config = read_json(path / "config.json")
+        self._files: dict[Path, Any] = {}
+        self._where: dict[str, tuple[str, Path]] = {}  # our spelling -> (theirs, shard)
+
+    def _open(self) -> dict[str, tuple[str, Path]]:
+        # On first use: the config alone can be read without touching the weights.
+        if self._where:
+            return self._where
+        where: dict[str, tuple[str, Path]] = {}
+        for shard in self._shards():
+            try:
+                self._files[shard] = safe_open(shard, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{shard}: not a whole safetensors file ({error})") from error
+            for stored in self._files[shard].keys():  # noqa: SIM118 (not a mapping)
+                name = canonical(stored)
+                if name is None:
+                    continue
+                if name in where:
+                    raise InputError(f"{shard}: tensor {name} is also in {where[name][1].name}")
+                where[name] = (stored, shard)
+        self._where = where
+        return where
+
+    def _shards(self) -> list[Path]:
+        # The order of transformers: other *.safetensors beside these are copies in other formats.
+        whole, index = self.path / _WHOLE, self.path / _INDEX
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index}: weight_map is missing")
+            shards = sorted({self.path / file for file in weight_map.values()})
+        else:
+            shards = sorted(self.path.glob("*.safetensors"))
+        if not shards:
+            raise InputError(f"{self.path}: no *.safetensors files")
+        for shard in shards:
+            if not shard.exists():
+                raise InputError(f"{shard}: missing, although {_INDEX} names it")
+        return shards
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors a decoder may need."""
+        return tuple(self._open())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        stored, shard = self._open()[name]
+        return tuple(self._files[shard].get_slice(stored).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor, in its stored dtype."""
+        stored, shard = self._open()[name]
+        try:
+            return self._files[shard].get_slice(stored)[index]
+        except SafetensorError as error:
+            raise InputError(f"{shard}: tensor {name} cannot be read ({error})") from error
+
+    def tokenizer(self) -> Any:
+        """The directory's tokenizer."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.path)
+        except Exception as error:  # whatever a broken or absent tokenizer makes it raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{self.path}: no readable tokenizer ({reason})") from error
+
+
+def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = None) -> None:
+    """Writes a directory that transformers loads as the same model.
+
+    Args:
+      config: the architecture.
+      params: unrolled parameters, in the dtype to store.
+      path: created if need be.
+      tokenizer: a transformers tokenizer, saved beside the weights.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = _SHARD_BYTES
+    for tensor in tensors(config):
+        leaf: Any = params
+        for key in tensor.path:
+            leaf = leaf[key]
+        array = tensor.to_file(np.asarray(leaf))
+        if array.nbytes > room and shards[-1]:
+            shards.append({})
+            room = _SHARD_BYTES
+        room -= array.nbytes
+        shards[-1][tensor.name] = array
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [_WHOLE]
+    for file, shard in zip(files, shards, strict=True):
+        save_file(shard, path / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        size = sum(array.nbytes for shard in shards for array in shard.values())
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        (path / _INDEX).write_text(json.dumps(index, indent=2))
+    hf = config_to_hf(config) | {"torch_dtype": str(params["embedding"].dtype)}
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+        hf |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    (path / "config.json").write_text(json.dumps(hf, indent=2))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON file.
+
+    Raises:
+      InputError: the file is absent or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except ValueError as error:  # of the JSON or of the encoding
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value

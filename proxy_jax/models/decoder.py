@@ -1,0 +1,182 @@
+"""The Decoder: declared with Flax NNX, run as one pure function over a plain dict of arrays.
+
+Letters: B batch, T new tokens, S cache slots, H head size, D model width, V vocabulary, L layers.
+
+`params` is {"embedding", "layers", "final_norm", "head"?}. "layers" is either a tuple of L dicts,
+run one after the other, or one dict whose leaves have a leading axis L, run by a scan. Scanning
+compiles faster and is right on TPU and GPU; on CPU a scan copies each layer's weights out of the
+stack at every step, so there layers are unrolled. It is a property of the run: `stack_layers`
+turns the one into the other, and the model is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from proxy_jax.models.cache import KVCache
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm, softcap
+from proxy_jax.sharding import LOCAL, Placement
+
+Params = dict[str, Any]
+
+
+class Decoder(nnx.Module):
+    """Declares the parameters of a model of any family."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        V, D = config.vocab_size, config.model_dim
+        self.embedding = param(rngs, (V, D), ("vocab", "embed"), D)
+        self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.final_norm = norm_weight(config, rngs, (D,), (None,))
+        if not config.tied_head:
+            self.head = param(rngs, (D, V), ("embed", "vocab"), D)
+
+
+def init(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters, layers unrolled."""
+    return _pure(nnx.state(Decoder(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
+@functools.cache
+def abstract_params(config: ModelConfig) -> Params:
+    """Shapes and dtypes of `init`, without allocating."""
+    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+
+
+@functools.cache
+def logical_axes(config: ModelConfig) -> Params:
+    """The name of each axis of each parameter; same structure as `init`."""
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    axes = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
+    return _pure(axes)
+
+
+def stack_layers(params: Params, stack=jnp.stack) -> Params:
+    """Turns a tuple of layers into one dict of arrays with a leading axis L."""
+    stacked = jax.tree.map(lambda *leaves: stack(leaves), *params["layers"])
+    return {**params, "layers": stacked}
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: KVCache | None = None,
+    place: Placement = LOCAL,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs T new tokens of every row through the model.
+
+    With a cache, the tokens' keys and values are written at slots positions[b, 0], ... and each
+    token sees the slots up to its own; `cache.lengths` is left to the caller, who knows how many
+    of the tokens are real. Without one, the tokens see each other, causally.
+
+    Args:
+      config: the architecture; static under jit.
+      params: the nested dict that `init` or a checkpoint gives.
+      tokens: [B, T] int32.
+      positions: [B, T] int32, consecutive along T.
+      cache: keys and values of the tokens before, or None.
+      place: where activations lie on the mesh; static under jit.
+
+    Returns:
+      Next-token logits [B, T, V] float32, and the cache with the new tokens written.
+    """
+    with jax.named_scope("embed"):
+        x = params["embedding"][tokens]
+        if config.embedding_scale is not None:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        x = place.constrain(x, ("batch", None, "act_embed"))
+    x, cache = _run_layers(config, params["layers"], x, positions, cache, place)
+    with jax.named_scope("head"):
+        x = rms_norm(x, params["final_norm"], config)
+        if config.tied_head:
+            head, spec = params["embedding"], "BTD,VD->BTV"
+        else:
+            head, spec = params["head"], "BTD,DV->BTV"
+        logits = jnp.einsum(spec, x, head, preferred_element_type=jnp.float32)
+        logits = softcap(logits, config.final_softcap)
+        return place.constrain(logits, ("batch", None, "vocab")), cache
+
+
+def _run_layers(
+    config: ModelConfig,
+    layers: Any,
+    x: jax.Array,
+    positions: jax.Array,
+    cache: KVCache | None,
+    place: Placement,
+) -> tuple[jax.Array, KVCache | None]:
+    length = x.shape[1]
+    slots = length if cache is None else jax.tree.leaves(cache.keys)[0].shape[-3]
+    index = jnp.arange(length)[None] if cache is None else positions
+    # How many slots back each key lies: [B or 1, T, S].
+    distance = index[:, :, None] - jnp.arange(slots)[None, None, :]
+    cos, sin = _rope_angles(config, positions)
+    block = _block_graph(config)
+
+    def run(layer, x, kv, window, angles):
+        mask = (distance >= 0) & (distance < window)
+        return nnx.merge(block, layer)(x, angles, mask, kv, positions[:, 0], place)
+
+    if isinstance(layers, tuple):
+        written = []
+        for i, layer in enumerate(layers):
+            kv = None if cache is None else (cache.keys[i], cache.values[i])
+            window, kind = config.layer_windows[i] or NO_WINDOW, config.layer_ropes[i]
+            x, kv = run(layer, x, kv, window, (cos[kind], sin[kind]))
+            written.append(kv)
+        if cache is None:
+            return x, None
+        keys, values = zip(*written, strict=True)
+        return x, KVCache(keys, values, cache.lengths)
+
+    windows = jnp.asarray([w or NO_WINDOW for w in config.layer_windows], jnp.int32)
+    kinds = jnp.asarray(config.layer_ropes, jnp.int32)
+
+    def body(x, scanned):
+        layer, kv, window, kind = scanned
+        return run(layer, x, kv, window, (cos[kind], sin[kind]))
+
+    kvs = None if cache is None else (cache.keys, cache.values)
+    x, out = jax.lax.scan(body, x, (layers, kvs, windows, kinds))
+    if cache is None or out is None:
+        return x, None
+    return x, KVCache(out[0], out[1], cache.lengths)
+
+
+def _rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin for every kind of layer, [kinds, B, T, H / 2] float32; 1 and 0 without RoPE."""
+    cos, sin = [], []
+    for rope in config.ropes:
+        frequencies = (
+            np.zeros(config.head_dim // 2, np.float32)
+            if rope is None
+            else rope.frequencies(config.head_dim)
+        )
+        angle = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+        scale = 1.0 if rope is None else rope.attention_factor
+        cos.append(jnp.cos(angle) * scale)
+        sin.append(jnp.sin(angle) * scale)
+    return jnp.stack(cos), jnp.stack(sin)
+
+
+@functools.cache
+def _block_graph(config: ModelConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+
+
+def _pure(state: Any) -> Params:
+    """A plain nested dict, with layers as a tuple."""
+    params = nnx.to_pure_dict(state)
+    layers = params["layers"]
+    return {**params, "layers": tuple(layers[i] for i in range(len(layers)))}

@@ -1,0 +1,145 @@
+"""Where arrays lie on the device mesh: one table from logical axis names to mesh axes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Axes = tuple[str | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """Mesh axis (or axes) of each logical axis; None replicates.
+
+    The defaults are for decoding: weights stay where they are and only activations move. The
+    model width of weights and activations is split over fsdp, so that a product with a weight
+    ends in a sum over fsdp and never in gathering the weight.
+    """
+
+    batch: str | tuple[str, ...] | None = "data"
+    embed: str | tuple[str, ...] | None = "fsdp"
+    act_embed: str | tuple[str, ...] | None = "fsdp"
+    heads: str | tuple[str, ...] | None = "tensor"
+    kv_heads: str | tuple[str, ...] | None = "tensor"
+    mlp: str | tuple[str, ...] | None = "tensor"
+    vocab: str | tuple[str, ...] | None = "tensor"
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes.
+
+        Raises:
+          InputError: two dimensions of one array fall on the same mesh axis.
+        """
+        physical = [getattr(self, axis) if axis else None for axis in axes]
+        flat = [
+            a for entry in physical for a in ((entry,) if isinstance(entry, str) else entry or ())
+        ]
+        if len(set(flat)) != len(flat):
+            raise InputError(f"sharding rules put two dimensions of {axes} on one mesh axis")
+        return PartitionSpec(*physical)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules that map logical axes to it. Hashable, so static under jit."""
+
+    mesh: Mesh | None = None
+    rules: ShardingRules = ShardingRules()
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """The sharding of an array with these logical axes."""
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, self.rules.spec(axes))
+
+    def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
+        """Tells the compiler where an activation lies; the identity without a mesh."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def shardings(self, tree_of_axes: Any) -> Any:
+        """A tree of shardings from a tree of logical axes."""
+        return jax.tree.map(self.sharding, tree_of_axes, is_leaf=is_axes)
+
+    def split(self, axis: str) -> int:
+        """How many parts a logical axis is cut into."""
+        entry = getattr(self.rules, axis)
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        return int(np.prod([self.mesh.shape[name] for name in names])) if self.mesh else 1
+
+    def check(self, config: ModelConfig, name: str) -> None:
+        """Refuses a model whose dimensions do not divide by the mesh.
+
+        Raises:
+          InputError: names the model, the dimension, its size and the mesh axis.
+        """
+        sizes = {
+            "embed": ("model width", config.model_dim),
+            "act_embed": ("model width", config.model_dim),
+            "heads": ("query heads", config.num_heads),
+            "kv_heads": ("kv heads", config.num_kv_heads),
+            "mlp": ("mlp width", config.mlp_dim),
+            "vocab": ("vocabulary", config.vocab_size),
+        }
+        for axis, (what, size) in sizes.items():
+            self.check_divides(axis, size, f"{name}: {what}")
+
+    def check_divides(self, axis: str, size: int, what: str) -> None:
+        """Refuses a size that the mesh does not divide.
+
+        Raises:
+          InputError: names the dimension, its size and the mesh axis.
+        """
+        parts = self.split(axis)
+        if size % parts:
+            raise InputError(
+                f"{what} ({size}) does not divide by the {parts} devices of mesh axis "
+                f"{getattr(self.rules, axis)!r}; use a smaller axis or set rules.{axis} to None"
+            )
+
+
+LOCAL = Placement()
+
+
+def is_axes(leaf: Any) -> bool:
+    """Whether a leaf of a tree is a tuple of logical axis names."""
+    return isinstance(leaf, tuple) and all(a is None or isinstance(a, str) for a in leaf)
+
+
+def make_mesh(shape: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    Raises:
+      InputError: an unknown axis, or a product that is not the number of devices.
+    """
+    unknown = set(shape) - set(MESH_AXES)
+    if unknown:
+        raise InputError(f"mesh axis {sorted(unknown)[0]!r} is unknown; axes are {MESH_AXES}")
+    sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
+    devices = jax.device_count()
+    if sizes.count(-1) == 1:
+        rest = -int(np.prod(sizes))
+        if rest > 0 and devices % rest == 0:
+            sizes[sizes.index(-1)] = devices // rest
+    count = int(np.prod(sizes))
+    if min(sizes) < 1 or count > devices:
+        wanted = " x ".join(f"{axis}={shape.get(axis, 1)}" for axis in MESH_AXES)
+        raise InputError(
+            f"mesh {wanted} does not fit the {devices} {jax.default_backend()} devices"
+        )
+    return jax.make_mesh(
+        tuple(sizes),
+        MESH_AXES,
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:count],
+    )

@@ -1,0 +1,201 @@
+"""Tokenizers of a trio: how their vocabularies agree, and what each role reads as its prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from proxy_jax.errors import InputError
+
+# Fewer shared ids than this share of the base tokenizer means another tokenizer, not a variant.
+MIN_SHARED = 0.9
+_FIELDS = {"prompt", "system", "response_prefix"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """How the vocabularies of a trio agree, id by id.
+
+    Attributes:
+      size: rows of the base model's output, V.
+      tokens: entries of the base tokenizer; ids from there to V are padding.
+      shared: [V] bool, ids that are the same token in every tokenizer.
+      moved: per role, ids that are another token there than in the base tokenizer.
+      absent: per role, base ids that its tokenizer lacks.
+      padding: per role, rows of its output that no token uses.
+    """
+
+    size: int
+    tokens: int
+    shared: np.ndarray
+    moved: Mapping[str, tuple[int, ...]]
+    absent: Mapping[str, int]
+    padding: Mapping[str, int]
+
+    @property
+    def valid(self) -> np.ndarray:
+        """[V] bool, the ids that may be generated: those the base tokenizer has."""
+        return np.arange(self.size) < self.tokens
+
+
+def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary:
+    """Compares tokenizers id by id; the first role is the base.
+
+    Args:
+      tokenizers: transformers tokenizers by role.
+      sizes: rows of each model's output.
+
+    Raises:
+      InputError: a tokenizer with more tokens than its model has rows, or two that share too few.
+    """
+    base, *others = tokenizers
+    words = {role: _words(tokenizer) for role, tokenizer in tokenizers.items()}
+    for role, found in words.items():
+        if len(found) > sizes[role]:
+            raise InputError(
+                f"{role}: its tokenizer has {len(found)} tokens, its model only {sizes[role]} rows"
+            )
+    shared = np.arange(sizes[base]) < len(words[base])
+    moved, absent = {}, {}
+    for role in others:
+        theirs = words[role]
+        same = np.zeros_like(shared)
+        for i, word in enumerate(words[base]):
+            same[i] = i < len(theirs) and theirs[i] == word
+        both = min(len(theirs), len(words[base]))
+        moved[role] = tuple(int(i) for i in np.flatnonzero(~same[:both]))
+        absent[role] = len(words[base]) - both
+        if same.sum() < MIN_SHARED * len(words[base]):
+            examples = ", ".join(
+                f"{i}: {words[base][i]!r} / {theirs[i]!r}" for i in moved[role][:3]
+            )
+            raise InputError(
+                f"{role}: only {int(same.sum())} of the {len(words[base])} ids of {base}'s "
+                f"tokenizer mean the same in its own ({examples or 'the rest is absent'}); "
+                "the models of a trio must share a vocabulary"
+            )
+        shared &= same
+    return Vocabulary(
+        size=sizes[base],
+        tokens=len(words[base]),
+        shared=shared,
+        moved=moved,
+        absent=absent,
+        padding={role: sizes[role] - len(found) for role, found in words.items()},
+    )
+
+
+def _words(tokenizer: Any) -> list[str | None]:
+    by_id = {i: word for word, i in tokenizer.get_vocab().items()}
+    return [by_id.get(i) for i in range(max(by_id) + 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One logical prompt, before any role's template.
+
+    Attributes:
+      text: the instruction or document.
+      system: a system prompt, for the templates that have a place for it.
+      response_prefix: how the answer begins, in every role's context ("Answer:").
+    """
+
+    text: str
+    system: str = ""
+    response_prefix: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a role reads a prompt.
+
+    Attributes:
+      spec: "raw", the text and response prefix as they are; "chat", the chat template of the
+        role's own tokenizer; "reference", what the published implementation feeds a chat expert
+        (Llama-2's format, its quirks included); or a format string with {prompt} and, if wanted,
+        {system} and {response_prefix}.
+
+    Raises:
+      InputError: a format string without {prompt} or with another field.
+    """
+
+    spec: str
+
+    def __post_init__(self):
+        if self.spec in ("raw", "chat", "reference"):
+            return
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(self.spec) if field}
+        except ValueError as error:
+            raise InputError(f"template {self.spec!r}: {error}") from error
+        if "prompt" not in fields or fields - _FIELDS:
+            raise InputError(
+                f"template {self.spec!r} is not raw, chat, reference or a format string with "
+                "{prompt} and optionally {system} and {response_prefix}"
+            )
+
+    def encode(self, prompt: Prompt, tokenizer: Any, own_tokenizer: Any, role: str) -> list[int]:
+        """The ids that a role reads.
+
+        Args:
+          prompt: the logical prompt.
+          tokenizer: the trio's tokenizer, which makes the ids.
+          own_tokenizer: the role's, for its chat template.
+          role: named in errors.
+
+        Raises:
+          InputError: no chat template, or a template that repeats what the tokenizer adds itself.
+        """
+        if self.spec == "chat":
+            text = _chat(prompt, own_tokenizer, role)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        text = self.render(prompt, tokenizer)
+        bos = tokenizer.bos_token
+        ids = tokenizer(text)["input_ids"]
+        if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
+            raise InputError(
+                f"{role}: its template starts with {bos!r}, which the tokenizer adds itself"
+            )
+        return ids
+
+    def render(self, prompt: Prompt, tokenizer: Any) -> str:
+        """The text of a template other than chat."""
+        if self.spec == "raw":
+            return prompt.text + prompt.response_prefix
+        if self.spec == "reference":
+            return _reference(prompt, tokenizer)
+        return self.spec.format(
+            prompt=prompt.text, system=prompt.system, response_prefix=prompt.response_prefix
+        )
+
+
+def _chat(prompt: Prompt, tokenizer: Any, role: str) -> str:
+    if not tokenizer.chat_template:
+        raise InputError(f"{role}: template is 'chat', but its tokenizer has no chat template")
+    messages = [{"role": "user", "content": prompt.text}]
+    if prompt.system:
+        messages.insert(0, {"role": "system", "content": prompt.system})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text + prompt.response_prefix
+
+
+def _reference(prompt: Prompt, tokenizer: Any) -> str:
+    """The chat expert's prompt as the published implementation makes it from the base's ids.
+
+    It decodes the base prompt, deletes every occurrence of the response prefix, and joins three
+    parts by single spaces. The system prompt follows [INST] without a space.
+    """
+    ids = tokenizer(prompt.text + prompt.response_prefix)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if prompt.response_prefix:
+        text = text.replace(prompt.response_prefix.strip(), "").rstrip()
+    opening, closing = "[INST]", "[/INST]"
+    if prompt.system:
+        opening += f"<<SYS>>\n{prompt.system}\n<</SYS>>\n\n"
+    if prompt.response_prefix:
+        closing += f" {prompt.response_prefix.strip()}"
+    return f"{opening} {text} {closing}"

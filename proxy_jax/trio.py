@@ -1,0 +1,247 @@
+"""M, M+ and M- as one thing: opened and checked first, loaded when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+
+from proxy_jax.checkpoints.loading import Checkpoint, Progress, load_side_by_side, open_checkpoint
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import Params
+from proxy_jax.models.hf_config import config_from_hf
+from proxy_jax.sharding import Placement, make_mesh
+from proxy_jax.tokenization import Prompt, Template, Vocabulary, align
+
+Role = str
+ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
+Plan = Literal["separate", "stacked"]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Which model plays a role, and how it is prompted.
+
+    Attributes:
+      path: a Hugging Face directory, a GGUF file, or a hub id.
+      dtype: of the weights, caches and activations.
+      template: see `Template`.
+    """
+
+    path: str
+    dtype: str = "float32"
+    template: str = "raw"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One model of a trio, opened but not loaded."""
+
+    spec: ModelSpec
+    checkpoint: Checkpoint
+    config: ModelConfig
+    tokenizer: Any
+    template: Template
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """One forward pass: a parameter tree that serves one role, or two stacked ones."""
+
+    roles: tuple[Role, ...]
+    config: ModelConfig
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Trio:
+    """The models of one decoding: M, and M+ and M- where present.
+
+    A role that is absent reads as M in the logit arithmetic: s_M + alpha (s_+ - s_M) without an
+    anti-expert, s_M + alpha (s_M - s_-) without an expert, s_M with neither.
+
+    Attributes:
+      members: by role; always has "base".
+      vocabulary: how their tokenizers agree.
+    """
+
+    members: Mapping[Role, Member]
+    vocabulary: Vocabulary
+
+    @property
+    def tokenizer(self) -> Any:
+        """The trio's tokenizer: M's."""
+        return self.members["base"].tokenizer
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles present, M first."""
+        return tuple(role for role in ROLES if role in self.members)
+
+    def encode(self, prompt: Prompt) -> dict[Role, list[int]]:
+        """Ids of a prompt as each role reads it."""
+        return {
+            role: member.template.encode(prompt, self.tokenizer, member.tokenizer, role)
+            for role, member in self.members.items()
+        }
+
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: those of every member's config and tokenizer."""
+        found: set[Any] = set()
+        for member in self.members.values():
+            named: Any = member.checkpoint.hf_config.get("eos_token_id")
+            found |= set(named if isinstance(named, list) else [named])
+            found.add(member.tokenizer.eos_token_id)
+        return tuple(sorted(found - {None}))
+
+    def passes(self, plan: Plan) -> tuple[Pass, ...]:
+        """The forward passes of a plan, M's first.
+
+        Raises:
+          InputError: plan "stacked" for an expert and anti-expert of different shapes.
+        """
+        whole = [
+            Pass((role,), self.members[role].config, self.members[role].spec.dtype)
+            for role in self.roles
+        ]
+        if plan == "separate":
+            return tuple(whole)
+        if plan != "stacked":
+            raise InputError(f"plan {plan!r} is unknown; plans are separate and stacked")
+        if len(whole) < 3:
+            raise InputError("plan 'stacked' needs an expert and an anti-expert")
+        base, expert, anti = whole
+        if (expert.config, expert.dtype) != (anti.config, anti.dtype):
+            raise InputError(
+                "plan 'stacked' needs an expert and an anti-expert of one shape and dtype; "
+                "use plan 'separate'"
+            )
+        return base, Pass(("expert", "antiexpert"), expert.config, expert.dtype)
+
+    def check_placement(self, place: Placement) -> None:
+        """Refuses a mesh that does not divide the models' dimensions."""
+        for role, member in self.members.items():
+            place.check(member.config, role)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedTrio:
+    """A trio with its weights on the mesh.
+
+    Attributes:
+      trio: the models' descriptions.
+      passes: the forward passes of the plan.
+      params: one parameter tree a pass; stacked roles have a leading axis of 2.
+      place: the mesh and rules the weights lie on.
+      stacked_layers: whether the layers of each model are one array, to be scanned.
+    """
+
+    trio: Trio
+    passes: tuple[Pass, ...]
+    params: tuple[Params, ...]
+    place: Placement
+    stacked_layers: bool
+
+
+def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
+    """Reads configs and tokenizers, and checks that the models fit together. Loads no weights.
+
+    Raises:
+      InputError: a model that cannot be read, or models that cannot be combined.
+    """
+    if "base" not in specs:
+        raise InputError("a trio needs a base model")
+    members: dict[Role, Member] = {}
+    for role in ROLES:
+        if role not in specs:
+            continue
+        spec = specs[role]
+        if spec.dtype not in DTYPES:
+            raise InputError(
+                f"{role}: dtype {spec.dtype!r} is unknown; use one of {', '.join(DTYPES)}"
+            )
+        twin = next((m for m in members.values() if m.spec.path == spec.path), None)
+        checkpoint = twin.checkpoint if twin else open_checkpoint(spec.path)
+        members[role] = Member(
+            spec=spec,
+            checkpoint=checkpoint,
+            config=config_from_hf(checkpoint.hf_config, str(checkpoint.path)),
+            tokenizer=twin.tokenizer if twin else checkpoint.tokenizer(),
+            template=Template(spec.template),
+        )
+    _check_softcaps(members)
+    vocabulary = align(
+        {role: member.tokenizer for role, member in members.items()},
+        {role: member.config.vocab_size for role, member in members.items()},
+    )
+    return Trio(members, vocabulary)
+
+
+def load_trio(
+    base: str | ModelSpec | Trio,
+    expert: str | ModelSpec | None = None,
+    antiexpert: str | ModelSpec | None = None,
+    *,
+    plan: Plan = "separate",
+    place: Placement | None = None,
+    stacked_layers: bool | None = None,
+    progress: Progress = lambda parameters: None,
+) -> LoadedTrio:
+    """Opens a trio, or takes one already opened, and loads its weights.
+
+    Args:
+      base, expert, antiexpert: paths, hub ids, or specs with a dtype and template.
+      plan: separate, or stacked (M+ and M- in one pass over a leading axis of 2).
+      place: the mesh and rules; all devices on the data axis by default.
+      stacked_layers: scan over layers; by default on accelerators only (a scan on CPU copies
+        every layer's weights at every step).
+      progress: called with the number of parameters after each array.
+
+    Raises:
+      InputError: see `open_trio`; also a mesh that does not divide the models.
+    """
+    if isinstance(base, Trio):
+        trio = base
+    else:
+        given = dict(zip(ROLES, (base, expert, antiexpert), strict=True))
+        trio = open_trio(
+            {
+                role: ModelSpec(spec) if isinstance(spec, str) else spec
+                for role, spec in given.items()
+                if spec is not None
+            }
+        )
+    place = place or Placement(make_mesh({"data": 1}))
+    trio.check_placement(place)
+    if stacked_layers is None:
+        stacked_layers = jax.default_backend() != "cpu"
+    passes = trio.passes(plan)
+    loaded: dict[tuple[tuple[str, ...], str], Params] = {}
+    params = []
+    for one in passes:
+        members = [trio.members[role] for role in one.roles]
+        key = (tuple(member.spec.path for member in members), one.dtype)
+        if key not in loaded:  # a checkpoint in two roles is loaded once
+            loaded[key] = load_side_by_side(
+                [member.checkpoint for member in members],
+                one.config,
+                one.dtype,
+                place,
+                stacked=stacked_layers,
+                progress=progress,
+            )
+        params.append(loaded[key])
+    return LoadedTrio(trio, passes, tuple(params), place, stacked_layers)
+
+
+def _check_softcaps(members: Mapping[Role, Member]) -> None:
+    caps = {role: member.config.final_softcap for role, member in members.items()}
+    if len(set(caps.values())) > 1:
+        found = ", ".join(f"{role} {cap}" for role, cap in caps.items())
+        raise InputError(
+            f"final logit soft-caps differ ({found}): capped and uncapped logits cannot be combined"
+        )

@@ -1,0 +1,50 @@
+"""Settings that must be made before jax is imported, and models that several tests share."""
+
+import os
+
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+).strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.models import families
+
+# An array that is added to one of another rank is more often a mistake than meant.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct; downloaded if it is absent."""
+    from tests.real import models
+
+    return models.path("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], families.Reference]:
+    """Gives the tiny random model of a name in families.FAMILIES, made once a session."""
+    made: dict[str, families.Reference] = {}
+
+    def get(name: str) -> families.Reference:
+        if name not in made:
+            made[name] = families.make(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session", params=families.FAMILIES)
+def reference(
+    request: pytest.FixtureRequest, build: Callable[[str], families.Reference]
+) -> families.Reference:
+    """Every tiny model in turn."""
+    return build(request.param)
