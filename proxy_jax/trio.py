@@ -90,13 +90,11 @@ class Trio:
         }
 
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a text: those of every member's config and tokenizer."""
-        found: set[Any] = set()
+        """Ids that end a text: those of every member's files and tokenizer."""
+        found: set[int] = set()
         for member in self.members.values():
-            named: Any = member.checkpoint.hf_config.get("eos_token_id")
-            found |= set(named if isinstance(named, list) else [named])
-            found.add(member.tokenizer.eos_token_id)
-        return tuple(sorted(found - {None}))
+            found |= {*member.checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
+        return tuple(sorted(found))
 
     def passes(self, plan: Plan) -> tuple[Pass, ...]:
         """The forward passes of a plan, M's first.

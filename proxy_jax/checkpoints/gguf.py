@@ -1,35 +1,29 @@
 """GGUF files presented as Hugging Face checkpoints: HF tensor names and layouts, config, tokenizer.
 
-The header is parsed here and not by ``gguf.GGUFReader``: that builds one array object per string,
-which takes 7 s and 700 MB for a vocabulary of 150,000 tokens. Type sizes and dequantisation are
-the ``gguf`` package's. What the converters change on the way from a Hugging Face checkpoint (and
-what is undone here) is defined in llama.cpp's ``conversion/{llama,gemma,olmo,smollm}.py``; defaults
-of missing keys are those of its ``src/models/*.cpp``.
+Dequantisation is the ``gguf`` package's. What the converters change on the way from a Hugging Face
+checkpoint (and what is undone here) is defined in llama.cpp's
+``conversion/{llama,gemma,olmo,smollm}.py``; defaults of missing keys are those of its
+``src/models/*.cpp``.
 """
 
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES
 from gguf.quants import dequantize
 
+from proxy_jax.checkpoints.gguf_header import StoredTensor, read_header
 from proxy_jax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
-_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32
 # Rows dequantised at a time: bounds the temporaries, of which gguf makes several.
 _CHUNK_ROWS = 2048
-# struct codes of GGUFValueType 0-7 and 10-12; the two between are strings and arrays.
-_SCALAR_CODES = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -90,69 +84,6 @@ _ARCHITECTURES = {
 }
 
 
-class Metadata(dict[str, Any]):
-    """Metadata of one GGUF file; ``metadata[key]`` raises InputError when the key is missing."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise InputError(f"{self.path}: metadata key {key!r} is missing")
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    gguf_name: str
-    shape: tuple[int, ...]
-    kind: GGMLQuantizationType
-    start: int
-    nbytes: int
-
-
-class _Cursor:
-    """Reads the little-endian values of a header one after the other."""
-
-    def __init__(self, data: np.ndarray, at: int):
-        self.data = data.data
-        self.at = at
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
-
-    def text(self) -> str:
-        size = self.number("Q")
-        raw = self.data[self.at : self.at + size]
-        if len(raw) < size:
-            raise ValueError("string beyond the end of the file")
-        self.at += size
-        return str(raw, "utf-8")
-
-    def value(self) -> Any:
-        kind = GGUFValueType(self.number("I"))
-        if kind == GGUFValueType.ARRAY:
-            return self._array()
-        if kind == GGUFValueType.STRING:
-            return self.text()
-        value = self.number(_SCALAR_CODES[kind])
-        if kind == GGUFValueType.FLOAT32:
-            # The shortest decimal with this float32 value: 1e-05, not 9.999999747378752e-06.
-            return float(str(np.float32(value)))
-        return value
-
-    def _array(self) -> list[Any]:
-        kind = GGUFValueType(self.number("I"))
-        count = self.number("Q")
-        if kind == GGUFValueType.STRING:
-            return [self.text() for _ in range(count)]
-        dtype = np.dtype("<" + _SCALAR_CODES[kind])
-        values = np.frombuffer(self.data, dtype, count, self.at)
-        self.at += values.nbytes
-        return values.tolist()
-
-
 class GGUFCheckpoint:
     """A GGUF file seen as a Hugging Face checkpoint. The weights stay on disk until they are read.
 
@@ -171,7 +102,7 @@ class GGUFCheckpoint:
             self._data = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: not a readable GGUF file ({error})") from error
-        self._metadata, infos = self._parse_header()
+        self._metadata, infos = read_header(path, self._data)
         arch = self._metadata["general.architecture"]
         if arch not in _ARCHITECTURES:
             raise InputError(
@@ -225,66 +156,17 @@ class GGUFCheckpoint:
             values = values - np.float32(self._arch.norm_offset)
         return values[(slice(None), *rest)]
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text or a turn, as the metadata name them."""
+        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+        return tuple(sorted({self._metadata[key] for key in keys if key in self._metadata}))
+
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer that the metadata describe; see ``gguf_tokenizer``."""
         from proxy_jax.checkpoints.gguf_tokenizer import make_tokenizer  # imports transformers
 
         return make_tokenizer(self._metadata)
-
-    def _parse_header(self) -> tuple[Metadata, list[_Tensor]]:
-        if bytes(self._data[:4]) != b"GGUF" or self._data.size < 24:
-            raise InputError(f"{self.path}: not a GGUF file (it does not start like one)")
-        version, tensor_count, key_count = struct.unpack_from("<IQQ", self._data.data, 4)
-        if version not in _VERSIONS:
-            raise InputError(
-                f"{self.path}: GGUF version {version}, expected a little-endian file of version"
-                f" {' or '.join(map(str, _VERSIONS))}"
-            )
-        cursor = _Cursor(self._data, 24)
-        metadata = Metadata(self.path)
-        raw_infos = []
-        try:
-            for _ in range(key_count):
-                key = cursor.text()
-                metadata[key] = cursor.value()
-            for _ in range(tensor_count):
-                name = cursor.text()
-                # ggml lists the fastest dimension first, Hugging Face last.
-                dims = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
-                raw_infos.append((name, dims, cursor.number("I"), cursor.number("Q")))
-        except (struct.error, ValueError, KeyError, OverflowError) as error:
-            raise InputError(
-                f"{self.path}: the header is damaged or truncated near byte {cursor.at} ({error})"
-            ) from error
-        alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
-        data_start = -(-cursor.at // alignment) * alignment
-        return metadata, [
-            self._checked_tensor(name, dims, kind, data_start + offset)
-            for name, dims, kind, offset in raw_infos
-        ]
-
-    def _checked_tensor(
-        self, name: str, shape: tuple[int, ...], kind_number: int, start: int
-    ) -> _Tensor:
-        kind = {kind.value: kind for kind in GGMLQuantizationType}.get(kind_number)
-        if kind is None or kind.name not in _SUPPORTED:
-            raise InputError(
-                f"{self.path}: tensor {name!r} has type {kind.name if kind else kind_number},"
-                f" expected one of {', '.join(_SUPPORTED)}"
-            )
-        block, block_bytes = GGML_QUANT_SIZES[kind]
-        if shape[-1] % block:
-            raise InputError(
-                f"{self.path}: tensor {name!r} has rows of {shape[-1]} values,"
-                f" expected a multiple of {block} for type {kind.name}"
-            )
-        nbytes = int(np.prod(shape, dtype=object)) // block * block_bytes
-        if start + nbytes > self._data.size:
-            raise InputError(
-                f"{self.path}: truncated file: tensor {name!r} ends at byte {start + nbytes},"
-                f" but the file has {self._data.size} bytes"
-            )
-        return _Tensor(name, shape, kind, start, nbytes)
 
     def _hf_name(self, gguf_name: str) -> str:
         if gguf_name in _TOP_NAMES:
@@ -298,12 +180,12 @@ class GGUFCheckpoint:
             )
         return f"model.layers.{match[1]}.{module}.{match[3]}"
 
-    def _tensor(self, name: str) -> _Tensor:
+    def _tensor(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise InputError(f"{self.path}: there is no tensor for {name!r}")
         return self._tensors[name]
 
-    def _source_rows(self, name: str, tensor: _Tensor) -> np.ndarray | None:
+    def _source_rows(self, name: str, tensor: StoredTensor) -> np.ndarray | None:
         """Row in the file for every Hugging Face row; None where the order is the same."""
         module = name.split(".")[-2]
         if not self._arch.interleaved or module not in self._heads:
@@ -311,7 +193,7 @@ class GGUFCheckpoint:
         rows = np.arange(tensor.shape[0])
         return rows.reshape(self._heads[module], -1, 2).swapaxes(1, 2).ravel()
 
-    def _dequantise(self, tensor: _Tensor, rows: slice | np.ndarray) -> np.ndarray:
+    def _dequantise(self, tensor: StoredTensor, rows: slice | np.ndarray) -> np.ndarray:
         """Rows of a tensor as float32 [rows, columns]; a vector is one row."""
         raw = self._data[tensor.start : tensor.start + tensor.nbytes].view(np.ndarray)
         columns = tensor.shape[-1]

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from proxy_jax.checkpoints.gguf import Metadata
+from proxy_jax.checkpoints.gguf_header import Metadata
 from proxy_jax.errors import InputError
 
 _SPACE = "\u2581"  # SentencePiece's visible space

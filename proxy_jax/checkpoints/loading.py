@@ -38,6 +38,10 @@ class Checkpoint(Protocol):
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, as floating-point numbers."""
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, as far as the files name them."""
+
     def tokenizer(self) -> Any:
         """A transformers tokenizer."""
 

@@ -96,6 +96,18 @@ class SafetensorsCheckpoint:
         except SafetensorError as error:
             raise InputError(f"{shard}: tensor {name} cannot be read ({error})") from error
 
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; generation_config.json may name more than config.json does."""
+        generation = self.path / "generation_config.json"
+        configs = [self.hf_config] + ([read_json(generation)] if generation.exists() else [])
+        found: set[int] = set()
+        for config in configs:
+            named = config.get("eos_token_id")
+            if named is not None:
+                found |= set(named if isinstance(named, list) else [named])
+        return tuple(sorted(found))
+
     def tokenizer(self) -> Any:
         """The directory's tokenizer."""
         from transformers import AutoTokenizer

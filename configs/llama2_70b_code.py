@@ -1,0 +1,10 @@
+"""Llama-2 70B, proxy-tuned to code with Code Llama 7B Python (Liu et al. 2024)."""
+
+from configs import llama2_13b_code
+
+
+def get_config():
+    config = llama2_13b_code.get_config()
+    config.base.path = "meta-llama/Llama-2-70b-hf"
+    config.mesh.tensor = 8  # its 8 kv heads
+    return config

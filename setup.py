@@ -1,0 +1,44 @@
+"""Installs proxy_jax (the library) with the programs in decode/ and their configs."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+JAX = ">=0.10,<0.12"  # 0.10 is the last for Python 3.11; beyond 0.11 nothing has been tried
+
+setup(
+    name="proxy_jax",
+    version="0.1.0",
+    description="Proxy-tuning of language models in JAX: compiled, batched, sharded",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",  # frozen dataclasses with slots of typing, hashlib.file_digest
+    packages=find_packages(include=["proxy_jax*", "decode*", "configs*"]),
+    py_modules=["launch"],
+    install_requires=[
+        f"jax{JAX}",
+        "flax>=0.12.6,<0.13",  # nnx.to_pure_dict and nnx.List as used here; 0.13 may drop them
+        "transformers>=5,<6",  # config.json of both RoPE spellings, defaults filled in
+        "safetensors>=0.8",  # numpy slices of bfloat16 tensors
+        "gguf>=0.17,<1",  # dequantisation of every type that proxy_jax reads
+        "jinja2>=3.1",  # chat templates
+        "ml-collections>=1.1,<2",  # config flags
+        "absl-py>=2.1",
+        "numpy>=2",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cpu": [f"jax[cpu]{JAX}"],
+        "cuda": [f"jax[cuda13]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "eval": ["lm-eval>=0.4.9,<0.5", "datasets>=3", "matplotlib>=3.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.15,<0.18",  # formatting differs between minor versions
+            "mypy>=1.18,<3",
+            "torch==2.13.0",  # the oracle of the parity tests; nothing else uses it
+        ],
+    },
+)
