@@ -37,7 +37,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
                 raise InputError("--config=FILE is missing; see configs/ for examples")
             use_compilation_cache()
             if config.value.distributed:
-                jax.distributed.initialize()
+                join_processes()
             main(config.value)
         except InputError as error:
             _fail(error)
@@ -54,6 +54,24 @@ def use_compilation_cache() -> None:
         cache = Path("~/.cache/proxy_jax/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def join_processes() -> None:
+    """Joins the job's other processes.
+
+    TPU pods, Slurm and Open MPI say themselves who takes part. Elsewhere JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
+
+    Raises:
+      InputError: neither does, or the coordinator does not answer.
+    """
+    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None, process_id=int(index) if index else None
+        )
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"distributed: {error}") from error
 
 
 def _parse(argv: list[str]) -> list[str]:

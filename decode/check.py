@@ -32,10 +32,10 @@ def main(config: ConfigDict) -> None:
         rows = [job.PromptRow(0, Prompt(_EXAMPLE, config.system_prompt, config.response_prefix))]
     print_prompts(trio, rows[0].prompt)
     requests, contexts = job.job_requests(trio, options, rows)
-    estimate = memory.estimate(trio, place, options.batch_size, contexts)
+    passes = trio.passes(config.plan)
+    estimate = memory.estimate(trio, passes, place, options.batch_size, contexts)
     print_memory(estimate, contexts, len(requests), options.batch_size)
     trio.check_placement(place)
-    trio.passes(config.plan)
     place.check_divides("batch", options.batch_size, "batch_size")
     estimate.check()
     print("\nready")

@@ -78,21 +78,20 @@ class Settings:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def new_state(program: Program, slots: tuple[int, ...], like: tuple, rows: Rows) -> DecodeState:
+def new_state(program: Program, slots: tuple[int, ...], batch: int, row: Rows) -> DecodeState:
     """An empty batch.
 
     Args:
       program: static.
       slots: per pass, cache slots a row; static.
-      like: (B,), static.
-      rows: one idle row, [1, ...] arrays.
+      batch: B; static.
+      row: one idle row, [1, ...] arrays.
     """
-    (batch,) = like
     caches = tuple(
         _empty_cache(program, one, batch, size)
         for one, size in zip(program.passes, slots, strict=True)
     )
-    rows = jax.tree.map(lambda row: jnp.repeat(row, batch, axis=0), rows)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, batch, axis=0), row)
     return _pin(program, DecodeState(caches, rows))
 
 
@@ -263,7 +262,10 @@ def _append(
         broken=rows.broken | (broken & active[:, None]),
     )
     # What was fed at this step is now in the caches; an idle slot's stays beyond its length.
-    caches = tuple(_with_lengths(cache, cache.lengths + active) for cache in caches)
+    caches = tuple(
+        _with_lengths(cache, cache.lengths + jnp.broadcast_to(active, cache.lengths.shape))
+        for cache in caches
+    )
     state = _pin(program, DecodeState(caches, rows))
     return state, jnp.where(active, token, -1)
 

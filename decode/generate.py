@@ -39,7 +39,9 @@ def main(config: ConfigDict) -> None:
     rows = job.read_prompts(config)
     trio = open_trio(specs)
     requests, contexts = job.job_requests(trio, options, rows)
-    memory.estimate(trio, place, options.batch_size, contexts).check()
+    trio.check_placement(place)
+    passes = trio.passes(config.plan)
+    memory.estimate(trio, passes, place, options.batch_size, contexts).check()
 
     first = jax.process_index() == 0
     inputs = {"prompts": digest(Path(os.path.expandvars(config.prompts.path)).expanduser())}
@@ -106,9 +108,16 @@ def load_with_progress(
     trio: Trio, config: ConfigDict, place: Any, stacked: bool | None, *, show: bool
 ):
     """Loads the weights under a progress bar."""
-    total = sum({m.spec: memory.parameters(m.config) for m in trio.members.values()}.values())
+    sizes = {
+        trio.tree_key(one): len(one.roles) * memory.parameters(one.config)
+        for one in trio.passes(config.plan)
+    }
     with tqdm(
-        total=total, unit="", unit_scale=True, desc="loading parameters", disable=not show
+        total=sum(sizes.values()),
+        unit="",
+        unit_scale=True,
+        desc="loading parameters",
+        disable=not show,
     ) as bar:
         return load_trio(
             trio, plan=config.plan, place=place, stacked_layers=stacked, progress=bar.update

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import abstract_params, logical_axes
 from proxy_jax.sharding import Placement, is_axes
-from proxy_jax.trio import Trio
+from proxy_jax.trio import Pass, Trio
 
 GIB = 2**30
 
@@ -55,26 +55,30 @@ class Estimate:
             )
 
 
-def estimate(trio: Trio, place: Placement, batch: int, contexts: Mapping[str, int]) -> Estimate:
+def estimate(
+    trio: Trio, passes: Sequence[Pass], place: Placement, batch: int, contexts: Mapping[str, int]
+) -> Estimate:
     """Memory of a decoding job.
 
     Args:
       trio: opened, not loaded.
+      passes: of its plan.
       place: mesh and rules.
       batch: slots.
       contexts: longest context by role.
     """
-    weights, caches, logits, seen = {}, {}, 0, set()
-    for role, member in trio.members.items():
-        config, itemsize = member.config, jnp.dtype(member.spec.dtype).itemsize
-        key = (member.spec.path, member.spec.dtype)
-        weights[role] = 0 if key in seen else parameters(config, place) * itemsize
-        seen.add(key)
-        rows = batch / place.split("batch")
+    weights, caches, logits, loaded = {}, {}, 0, set()
+    rows = batch / place.split("batch")
+    for one in passes:
+        config, itemsize = one.config, jnp.dtype(one.dtype).itemsize
         heads = config.num_kv_heads / place.split("kv_heads")
-        slots = rows * contexts[role] * heads * config.head_dim * config.num_layers
-        caches[role] = int(2 * slots * itemsize)
-        logits += int(rows * config.vocab_size / place.split("vocab") * 4)
+        token = 2 * config.num_layers * heads * config.head_dim * itemsize
+        for role in one.roles:
+            shared = trio.tree_key(one) in loaded
+            weights[role] = 0 if shared else parameters(config, place) * itemsize
+            caches[role] = int(rows * contexts[role] * token)
+            logits += int(rows * config.vocab_size / place.split("vocab") * 4)
+        loaded.add(trio.tree_key(one))
     return Estimate(weights, caches, 2 * logits, _available(place))
 
 

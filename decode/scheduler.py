@@ -97,6 +97,8 @@ class Generator:
         Raises:
           InputError: a model's logits became NaN or infinite.
         """
+        if not requests:
+            return
         queue = collections.deque(requests)
         pieces = max((len(request.alpha) for request in requests), default=1)
         batch = self.options.batch_size
@@ -120,6 +122,7 @@ class Generator:
             if halted:
                 state = self._set_rows(state, dict.fromkeys(halted), pieces)
             yield list(finished.values())
+            self._refuse_broken(slots, seen)
 
     def _advance(
         self, slots: list[_Slot | None], seen: Mapping[str, np.ndarray]
@@ -127,13 +130,8 @@ class Generator:
         """Hands a chunk's tokens to their slots, and empties those that are done."""
         finished = {}
         for i, slot in enumerate(slots):
-            if slot is None:
+            if slot is None or seen["broken"][i].any():
                 continue
-            if seen["broken"][i].any():
-                role = self.program.roles[int(np.argmax(seen["broken"][i]))]
-                raise InputError(
-                    f"row {slot.request.row}: the logits of the {role} model became NaN or infinite"
-                )
             new = [int(token) for token in seen["tokens"][i] if token >= 0]
             slot.ids += new
             self.new_tokens += len(new)
@@ -142,6 +140,14 @@ class Generator:
                 finished[i] = completion
                 slots[i] = None
         return finished
+
+    def _refuse_broken(self, slots: Sequence[_Slot | None], seen: Mapping[str, np.ndarray]) -> None:
+        for slot, broken in zip(slots, seen["broken"], strict=True):
+            if slot is not None and broken.any():
+                role = self.program.roles[int(np.argmax(broken))]
+                raise InputError(
+                    f"row {slot.request.row}: the logits of the {role} model became NaN or infinite"
+                )
 
     def _finished(self, slot: _Slot, *, active: bool) -> Completion | None:
         ids = slot.ids
@@ -170,14 +176,15 @@ class Generator:
             for one in self.program.passes
         )
         idle = self._rows([None], pieces)
-        return engine.new_state(self.program, sizes, (self.options.batch_size,), idle)
+        return engine.new_state(self.program, sizes, self.options.batch_size, idle)
 
     def _admit(
         self, state: DecodeState, arrivals: Mapping[int, Request], pieces: int
     ) -> DecodeState:
         caches = list(state.caches)
         for index, one in enumerate(self.program.passes):
-            for length, group in self._groups(one.roles, arrivals):
+            slots_a_row = jax.tree.leaves(caches[index].keys)[0].shape[-3]
+            for length, group in self._groups(one.roles, arrivals, slots_a_row):
                 tokens = np.zeros((len(one.roles), len(group), length), np.int32)
                 lengths = np.zeros((len(one.roles), len(group)), np.int32)
                 slots = np.full(len(group), self.options.batch_size, np.int32)
@@ -197,7 +204,7 @@ class Generator:
         return self._set_rows(state, arrivals, pieces)
 
     def _groups(
-        self, roles: Sequence[str], arrivals: Mapping[int, Request]
+        self, roles: Sequence[str], arrivals: Mapping[int, Request], longest_bucket: int
     ) -> Iterator[tuple[int, list[int | None]]]:
         """Slots to prefill together, padded with None, and the length they are padded to.
 
@@ -207,7 +214,7 @@ class Generator:
         buckets: dict[int, list[int]] = collections.defaultdict(list)
         for slot, request in arrivals.items():
             longest = max(len(request.ids[role]) - 1 for role in roles)
-            buckets[bucket(longest)].append(slot)
+            buckets[min(bucket(longest), longest_bucket)].append(slot)
         default = 128 if jax.default_backend() == "cpu" else 1024
         budget = self.options.prefill_tokens or default
         parts = self.loaded.place.split("batch")

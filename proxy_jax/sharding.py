@@ -117,10 +117,10 @@ def is_axes(leaf: Any) -> bool:
 
 
 def make_mesh(shape: Mapping[str, int]) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+    """A mesh over the first devices; one axis may be -1 and takes what the others leave.
 
     Raises:
-      InputError: an unknown axis, or a product that is not the number of devices.
+      InputError: an unknown axis, or more devices than there are.
     """
     unknown = set(shape) - set(MESH_AXES)
     if unknown:

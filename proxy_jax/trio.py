@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from proxy_jax.checkpoints.loading import Checkpoint, Progress, load_side_by_side, open_checkpoint
+from proxy_jax.checkpoints.loading import Checkpoint, Progress, load_params, open_checkpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -120,6 +120,10 @@ class Trio:
             )
         return base, Pass(("expert", "antiexpert"), expert.config, expert.dtype)
 
+    def tree_key(self, one: Pass) -> tuple[tuple[str, ...], str]:
+        """What a pass's parameters come from; passes with equal keys share one tree."""
+        return tuple(self.members[role].spec.path for role in one.roles), one.dtype
+
     def check_placement(self, place: Placement) -> None:
         """Refuses a mesh that does not divide the models' dimensions."""
         for role, member in self.members.items():
@@ -221,11 +225,10 @@ def load_trio(
     loaded: dict[tuple[tuple[str, ...], str], Params] = {}
     params = []
     for one in passes:
-        members = [trio.members[role] for role in one.roles]
-        key = (tuple(member.spec.path for member in members), one.dtype)
-        if key not in loaded:  # a checkpoint in two roles is loaded once
-            loaded[key] = load_side_by_side(
-                [member.checkpoint for member in members],
+        key = trio.tree_key(one)
+        if key not in loaded:
+            loaded[key] = load_params(
+                [trio.members[role].checkpoint for role in one.roles],
                 one.config,
                 one.dtype,
                 place,

@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -48,3 +48,11 @@ def reference(
 ) -> families.Reference:
     """Every tiny model in turn."""
     return build(request.param)
+
+
+@pytest.fixture
+def quick_compiles() -> Iterator[None]:
+    """For tests that compile many tiny models: the compiler does not try hard."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

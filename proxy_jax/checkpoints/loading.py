@@ -68,7 +68,11 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        return Path(
+            snapshot_download(
+                hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns="consolidated*"
+            )
+        )
     except Exception as error:  # network, authorisation and naming errors of several libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -77,7 +81,7 @@ def _download(hub_id: str) -> Path:
 
 
 def load_params(
-    checkpoint: Checkpoint,
+    checkpoints: Sequence[Checkpoint],
     config: ModelConfig,
     dtype: Any,
     place: Placement,
@@ -88,9 +92,10 @@ def load_params(
     """Loads a model's weights, each device's part read on its own.
 
     Args:
-      checkpoint: the file or directory.
-      config: its architecture.
-      dtype: of the parameters, whatever the file holds.
+      checkpoints: of the model; two or more models of one architecture are loaded side by side,
+        with a leading axis for the model.
+      config: their architecture.
+      dtype: of the parameters, whatever the files hold.
       place: the mesh and rules.
       stacked: one array with a leading axis for all layers, instead of a tuple of layers.
       progress: called with the number of parameters after each array.
@@ -98,35 +103,7 @@ def load_params(
     Raises:
       InputError: a tensor that is missing, unknown, or of another shape than the config says.
     """
-    return _load([checkpoint], (), config, dtype, place, stacked, progress)
-
-
-def load_side_by_side(
-    checkpoints: Sequence[Checkpoint],
-    config: ModelConfig,
-    dtype: Any,
-    place: Placement,
-    *,
-    stacked: bool,
-    progress: Progress = lambda parameters: None,
-) -> Params:
-    """Loads models of one architecture as one tree; two or more have a leading axis for the model.
-
-    Args and errors as in `load_params`.
-    """
     lead = (len(checkpoints),) if len(checkpoints) > 1 else ()
-    return _load(checkpoints, lead, config, dtype, place, stacked, progress)
-
-
-def _load(
-    checkpoints: Sequence[Checkpoint],
-    lead: tuple[int, ...],
-    config: ModelConfig,
-    dtype: Any,
-    place: Placement,
-    stacked: bool,
-    progress: Progress,
-) -> Params:
     table = {tensor.path: tensor for tensor in tensors(config)}
     for checkpoint in checkpoints:
         check_tensors(checkpoint, list(table.values()), tied=config.tied_head)
@@ -145,11 +122,17 @@ def _load(
             rest = index[len(index) - len(shape) :]
             chosen = checkpoints[index[0]] if lead else checkpoints
             of_each = members[index[len(lead)]] if layers else members
-            blocks = [_part(c, tensor, rest, dtype) for c in chosen for tensor in of_each]
+            blocks = (_part(c, tensor, rest, dtype) for c in chosen for tensor in of_each)
             if len(whole) == len(shape):
-                return blocks[0]
-            counts = ((len(chosen),) if lead else ()) + ((len(of_each),) if layers else ())
-            return np.stack(blocks).reshape(*counts, *blocks[0].shape)
+                return next(blocks)
+            # Filled one by one: np.stack would hold every block twice.
+            sizes = [len(range(*cut.indices(n))) for cut, n in zip(index, whole, strict=True)]
+            filled = np.empty(sizes, dtype)
+            for target, block in zip(
+                filled.reshape(-1, *sizes[-len(shape) :]), blocks, strict=True
+            ):
+                target[...] = block
+            return filled
 
         array = jax.make_array_from_callback(whole, sharding, part)
         progress(array.size)

@@ -127,8 +127,13 @@ def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = Non
       params: unrolled parameters, in the dtype to store.
       path: created if need be.
       tokenizer: a transformers tokenizer, saved beside the weights.
+
+    Raises:
+      InputError: the directory already holds weights.
     """
     path.mkdir(parents=True, exist_ok=True)
+    if any(path.glob("*.safetensors")):
+        raise InputError(f"{path}: already holds weights; export into another directory")
     shards: list[dict[str, np.ndarray]] = [{}]
     room = _SHARD_BYTES
     for tensor in tensors(config):
@@ -152,9 +157,11 @@ def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = Non
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (path / _INDEX).write_text(json.dumps(index, indent=2))
     hf = config_to_hf(config) | {"torch_dtype": str(params["embedding"].dtype)}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # None too is written: transformers would take the ids of the family's first release.
+        hf[key] = getattr(tokenizer, key, None)
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
-        hf |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     (path / "config.json").write_text(json.dumps(hf, indent=2))
 
 

@@ -152,7 +152,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     gemma = config.family in _GEMMA
     hf["hidden_activation" if gemma else "hidden_act"] = activation
     if gemma:
-        hf["query_pre_attn_scalar"] = round(config.query_scale**-2, 6)
+        hf["query_pre_attn_scalar"] = round(config.query_scale**-2)  # transformers: an integer
         hf["attn_logit_softcapping"] = config.attention_softcap
         hf["final_logit_softcapping"] = config.final_softcap
 
@@ -185,15 +185,18 @@ def _with_defaults(hf: dict[str, Any], model_type: str, source: str) -> dict[str
 
     # A copy, because transformers writes defaults into the nested dicts that it is given.
     fields = {k: copy.deepcopy(v) for k, v in hf.items() if k != "model_type"}
-    scaling = fields.get("rope_scaling")
-    if scaling and scaling.get("rope_type") == "factors":  # unknown to transformers: ours
+    scaling = fields.get("rope_scaling") or {}
+    if "type" in scaling:  # the first spelling, which transformers 5 misses in Gemma 3
+        scaling.setdefault("rope_type", scaling["type"])
+    factors = scaling.get("rope_type") == "factors"  # unknown to transformers: ours
+    if factors:
         del fields["rope_scaling"]
     try:
         full = AutoConfig.for_model(model_type, **fields).to_dict()
     except Exception as error:  # transformers raises many kinds for a config it cannot read
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{source}: {reason}") from error
-    if scaling and scaling.get("rope_type") == "factors":
+        raise InputError(f"{source}: not a config of a {model_type} model ({reason})") from error
+    if factors:
         full["rope_parameters"] = {**full["rope_parameters"], **scaling}
     return full
 
@@ -245,7 +248,7 @@ def _ropes(
 
 
 def _rope(parameters: dict[str, Any], full: dict[str, Any], source: str) -> Rope:
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    kind = parameters["rope_type"]
     if kind not in _ROPE_KEYS:
         raise InputError(
             f"{source}: rope type {kind!r} is not supported; known: {', '.join(_ROPE_KEYS)}"

@@ -52,8 +52,8 @@ _YARN_ROPE = {
     "rope_theta": 650.0,
     "factor": 3.5,
     "original_max_position_embeddings": 64,
-    "beta_fast": 9.0,
-    "beta_slow": 0.7,
+    "beta_fast": 2.5,
+    "beta_slow": 0.3,
 }
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -187,7 +187,7 @@ class Reference:
         return self.load(Placement(make_mesh({"data": 1})), stacked=False)
 
     def load(self, place: Placement, *, stacked: bool) -> Params:
-        return load_params(self.checkpoint, self.config, np.float32, place, stacked=stacked)
+        return load_params([self.checkpoint], self.config, np.float32, place, stacked=stacked)
 
 
 def make(name: str, path: Path) -> Reference:

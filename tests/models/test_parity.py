@@ -19,6 +19,8 @@ from proxy_jax.models.layers import Block
 from proxy_jax.sharding import LOCAL, Placement, make_mesh
 from tests.models.families import FAMILIES, LENGTH, ROWS, Reference, torch_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 forward = jax.jit(apply, static_argnames=("config", "place"))
 POSITIONS = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
 assert_close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-4)
@@ -59,7 +61,7 @@ def test_each_block(reference):
     @jax.jit
     def run(params, x, cos, sin, visible):
         block = nnx.merge(graph, params)
-        return block(x, (cos, sin), visible, None, POSITIONS[:, 0], LOCAL)[0]
+        return block(x, (cos, sin), visible, None, jnp.zeros(ROWS, jnp.int32), LOCAL)[0]
 
     for params, layer in zip(reference.params["layers"], reference.layers, strict=True):
         cos, sin = layer.cos[..., :half], layer.sin[..., :half]
