@@ -14,6 +14,10 @@ from ml_collections import ConfigDict, config_flags
 from proxy_jax.errors import InputError
 
 BAD_INPUT = 2  # exit status
+# What a config file, or a value that does not fit a field, may raise.
+_CONFIG_ERRORS = (
+    AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError
+)  # fmt: skip
 
 
 def run(main: Callable[[ConfigDict], None]) -> None:
@@ -36,7 +40,7 @@ def run(main: Callable[[ConfigDict], None]) -> None:
             if config.value is None:
                 raise InputError("--config=FILE is missing; see configs/ for examples")
             use_compilation_cache()
-            if config.value.distributed:
+            if _distributed(config.value):
                 join_processes()
             main(config.value)
         except InputError as error:
@@ -74,10 +78,17 @@ def join_processes() -> None:
         raise InputError(f"distributed: {error}") from error
 
 
+def _distributed(config: ConfigDict) -> bool:
+    try:
+        return config.distributed
+    except (OSError, AttributeError) as error:  # a file that is absent fails on first use only
+        raise InputError(f"--config: {error}") from error
+
+
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, InputError, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+    except (flags.Error, *_CONFIG_ERRORS) as e:
         _fail(e)
         raise  # not reached: _fail exits
 

@@ -23,6 +23,7 @@ def main(config: ConfigDict) -> None:
     """Prints the report."""
     specs, options = job.model_specs(config), job.options(config)
     place = job.placement(config)
+    job.stacked_layers(config)  # refuses what it does not know
     trio = open_trio(specs)
     print_models(trio)
     print_vocabulary(trio)
@@ -32,11 +33,11 @@ def main(config: ConfigDict) -> None:
         rows = [job.PromptRow(0, Prompt(_EXAMPLE, config.system_prompt, config.response_prefix))]
     print_prompts(trio, rows[0].prompt)
     requests, contexts = job.job_requests(trio, options, rows)
+    trio.check_placement(place)
+    place.check_divides("batch", options.batch_size, "batch_size")
     passes = trio.passes(config.plan)
     estimate = memory.estimate(trio, passes, place, options.batch_size, contexts)
     print_memory(estimate, contexts, len(requests), options.batch_size)
-    trio.check_placement(place)
-    place.check_divides("batch", options.batch_size, "batch_size")
     estimate.check()
     print("\nready")
 

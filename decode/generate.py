@@ -40,6 +40,7 @@ def main(config: ConfigDict) -> None:
     trio = open_trio(specs)
     requests, contexts = job.job_requests(trio, options, rows)
     trio.check_placement(place)
+    place.check_divides("batch", options.batch_size, "batch_size")
     passes = trio.passes(config.plan)
     memory.estimate(trio, passes, place, options.batch_size, contexts).check()
 

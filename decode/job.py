@@ -68,6 +68,7 @@ def options(config: ConfigDict) -> Options:
     """
     sampling, base = config.sampling, config.base_filter
     _check_range("sampling.temperature", sampling.temperature, 0.0, float("inf"))
+    _check_range("sampling.top_k", sampling.top_k, 0, float("inf"))
     for name, part in (("sampling", sampling), ("base_filter", base)):
         _check_range(f"{name}.top_p", part.top_p, 0.0, 1.0)
         _check_range(f"{name}.min_p", part.min_p, 0.0, 1.0)
@@ -173,15 +174,18 @@ def _prompt_row(config: ConfigDict, where: str, number: int, line: str) -> Promp
     if prompts.template:
         try:
             text = prompts.template.format_map(fields)
-        except KeyError as error:
-            field(str(error.args[0]))  # raises
-            raise
-        except (ValueError, IndexError) as error:
+        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
+            if isinstance(error, KeyError):
+                field(str(error.args[0]))  # raises, if the row lacks the field
             raise InputError(f"prompts.template {prompts.template!r}: {error}") from error
     else:
         text = field(prompts.field)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: the prompt is {'empty' if text == '' else repr(text)[:40]}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise InputError(f"{where}: the prompt is not valid Unicode ({error.reason})") from error
     alpha = field(config.alpha_field) if config.alpha_field else None
     return PromptRow(
         line=number,

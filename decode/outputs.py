@@ -106,10 +106,12 @@ class OutputFile:
     def _resume_manifest(self, config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
         resolved = json.loads(json.dumps(config))  # tuples as lists, as they are read back
         if self._manifest.exists():
-            content = json.loads(self._manifest.read_text())
-            changed = _difference(content["config"], resolved) or _difference(
-                content["inputs"], inputs
-            )
+            try:
+                content = json.loads(self._manifest.read_text())
+                before = content["config"], content["inputs"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise InputError(f"{self._manifest}: not a manifest of a job") from error
+            changed = _difference(before[0], resolved) or _difference(before[1], inputs)
             if changed:
                 raise InputError(
                     f"{self.path.parent}: made by another job ({changed}); choose another "

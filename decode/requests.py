@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -59,6 +60,8 @@ class Options:
         for field in ("batch_size", "max_new_tokens", "samples", "chunk_steps"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
+        if self.min_new_tokens < 0:
+            raise InputError(f"min_new_tokens must be at least 0, not {self.min_new_tokens}")
         if self.repetition_penalty <= 0:
             raise InputError(f"repetition_penalty must be positive, not {self.repetition_penalty}")
         if "" in (*self.stop, *self.banned, *self.banned_first):
@@ -106,10 +109,10 @@ def as_schedule(alpha: object, what: str = "alpha") -> Schedule:
     """A number or a list of (first step, coefficient) pairs as a schedule.
 
     Raises:
-      InputError: neither; or steps that do not rise from 0.
+      InputError: neither; steps that do not rise from 0; a coefficient that is not finite.
     """
     if isinstance(alpha, (int, float)) and not isinstance(alpha, bool):
-        return ((0, float(alpha)),)
+        alpha = ((0, alpha),)
     try:
         pieces = tuple((int(start), float(value)) for start, value in alpha)  # type: ignore[attr-defined]
     except (TypeError, ValueError) as error:
@@ -119,4 +122,6 @@ def as_schedule(alpha: object, what: str = "alpha") -> Schedule:
     starts = [start for start, _ in pieces]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
         raise InputError(f"{what}: the steps of a schedule rise from 0, not {starts}")
+    if not all(math.isfinite(value) for _, value in pieces):
+        raise InputError(f"{what} must be finite, not {[value for _, value in pieces]}")
     return pieces

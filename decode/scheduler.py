@@ -159,8 +159,8 @@ class Generator:
         elif active:
             return None
         else:
-            text = slot.detokenizer.text(ids)
             reason = "eos" if ids[-1] in self.eos else "length"
+            text = slot.detokenizer.text(ids[:-1] if reason == "eos" else ids)
         prompts = slot.request.ids
         return Completion(
             row=slot.request.row,

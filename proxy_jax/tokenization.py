@@ -22,7 +22,8 @@ class Vocabulary:
 
     Attributes:
       size: rows of the base model's output, V.
-      tokens: entries of the base tokenizer; ids from there to V are padding.
+      tokens: ids of the base tokenizer; those from there to V are padding.
+      valid: [V] bool, ids that may be generated: those that are a token of the base.
       shared: [V] bool, ids that are the same token in every tokenizer.
       moved: per role, ids that are another token there than in the base tokenizer.
       absent: per role, base ids that its tokenizer lacks.
@@ -31,15 +32,11 @@ class Vocabulary:
 
     size: int
     tokens: int
+    valid: np.ndarray
     shared: np.ndarray
     moved: Mapping[str, tuple[int, ...]]
     absent: Mapping[str, int]
     padding: Mapping[str, int]
-
-    @property
-    def valid(self) -> np.ndarray:
-        """[V] bool, the ids that may be generated: those the base tokenizer has."""
-        return np.arange(self.size) < self.tokens
 
 
 def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary:
@@ -59,29 +56,28 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
             raise InputError(
                 f"{role}: its tokenizer has {len(found)} tokens, its model only {sizes[role]} rows"
             )
-    shared = np.arange(sizes[base]) < len(words[base])
+    ours = _sized(words[base], sizes[base])
+    valid = _present(ours)
+    shared, tokens = valid, int(valid.sum())
     moved, absent = {}, {}
     for role in others:
-        theirs = words[role]
-        same = np.zeros_like(shared)
-        for i, word in enumerate(words[base]):
-            same[i] = i < len(theirs) and theirs[i] == word
-        both = min(len(theirs), len(words[base]))
-        moved[role] = tuple(int(i) for i in np.flatnonzero(~same[:both]))
-        absent[role] = len(words[base]) - both
-        if same.sum() < MIN_SHARED * len(words[base]):
-            examples = ", ".join(
-                f"{i}: {words[base][i]!r} / {theirs[i]!r}" for i in moved[role][:3]
-            )
+        theirs = _sized(words[role], sizes[base])
+        same = valid & (ours == theirs)
+        elsewhere = valid & ~same & _present(theirs)
+        moved[role] = tuple(int(i) for i in np.flatnonzero(elsewhere))
+        absent[role] = tokens - int(same.sum()) - len(moved[role])
+        if same.sum() < MIN_SHARED * tokens:
+            examples = ", ".join(f"{i}: {ours[i]!r} / {theirs[i]!r}" for i in moved[role][:3])
             raise InputError(
-                f"{role}: only {int(same.sum())} of the {len(words[base])} ids of {base}'s "
+                f"{role}: only {int(same.sum())} of the {tokens} ids of {base}'s "
                 f"tokenizer mean the same in its own ({examples or 'the rest is absent'}); "
                 "the models of a trio must share a vocabulary"
             )
-        shared &= same
+        shared = shared & same
     return Vocabulary(
         size=sizes[base],
         tokens=len(words[base]),
+        valid=valid,
         shared=shared,
         moved=moved,
         absent=absent,
@@ -90,8 +86,20 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
 
 
 def _words(tokenizer: Any) -> list[str | None]:
+    """Tokens by id; None where a tokenizer leaves an id out."""
     by_id = {i: word for word, i in tokenizer.get_vocab().items()}
     return [by_id.get(i) for i in range(max(by_id) + 1)]
+
+
+def _present(words: np.ndarray) -> np.ndarray:
+    return np.asarray([word is not None for word in words], bool)
+
+
+def _sized(words: list[str | None], size: int) -> np.ndarray:
+    """[size] of objects, cut or filled with None."""
+    sized = np.full(size, None, dtype=object)
+    sized[: len(words)] = words[:size]
+    return sized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +137,10 @@ class Template:
         if self.spec in ("raw", "chat", "reference"):
             return
         try:
-            fields = {field for _, field, _, _ in string.Formatter().parse(self.spec) if field}
+            parsed = {field for _, field, _, _ in string.Formatter().parse(self.spec)}
+            fields = parsed - {None}
+            if fields <= _FIELDS:
+                self.spec.format_map(dict.fromkeys(_FIELDS, ""))  # the rest of the syntax
         except ValueError as error:
             raise InputError(f"template {self.spec!r}: {error}") from error
         if "prompt" not in fields or fields - _FIELDS:

@@ -90,10 +90,14 @@ class Trio:
         }
 
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a text: those of every member's files and tokenizer."""
+        """Ids that end a text: those of every member's files and tokenizer.
+
+        An id that is another token in M's tokenizer than in the member's ends nothing.
+        """
         found: set[int] = set()
-        for member in self.members.values():
-            found |= {*member.checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
+        for role, member in self.members.items():
+            ids = {*member.checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
+            found |= ids.difference(self.vocabulary.moved.get(role, ()))
         return tuple(sorted(found))
 
     def passes(self, plan: Plan) -> tuple[Pass, ...]:

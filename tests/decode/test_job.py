@@ -1,0 +1,163 @@
+"""What bad input gets: one line that names the line, the field, the role or the size."""
+
+from pathlib import Path
+
+import pytest
+
+from decode import check, generate, job, memory
+from proxy_jax.errors import InputError
+from proxy_jax.sharding import Placement, make_mesh
+from proxy_jax.trio import open_trio
+from tests.decode import jobs
+
+
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory):
+    """A config whose models need not exist: prompts are read first."""
+    return tmp_path_factory.mktemp("job")
+
+
+def read(directory, text, **settings):
+    path = directory / "bad.jsonl"
+    path.write_text(text)
+    config = jobs.decoding()
+    config.prompts.path = str(path)
+    for name, value in settings.items():
+        part, _, last = name.rpartition("__")
+        (config[part] if part else config)[last] = value
+    return job.read_prompts(config)
+
+
+GOOD = '{"prompt": "one"}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        (GOOD + '{"prompt": "two"\n', {}, r"bad.jsonl:2: not JSON \(Expecting ',' delimiter"),
+        (GOOD + "\n\n[1]\n", {}, "bad.jsonl:4: expected a JSON object, found list"),
+        (GOOD + '{"text": "two", "id": 3}\n', {}, "2: no field 'prompt'; it has 'text', 'id'"),
+        (GOOD * 2 + '{"prompt": ""}\n', {}, "bad.jsonl:3: the prompt is empty"),
+        (GOOD + '{"prompt": " \\n"}\n', {}, r"bad.jsonl:2: the prompt is ' \\n'"),
+        (GOOD + '{"prompt": 7}\n', {}, "bad.jsonl:2: the prompt is 7"),
+        (GOOD + '{"prompt": "\\ud800"}\n', {}, "bad.jsonl:2: the prompt is not valid Unicode"),
+        ("", {}, "bad.jsonl: no prompts"),
+        (GOOD, {"prompts__template": "{prompt} {extra}"}, "bad.jsonl:1: no field 'extra'"),
+        (GOOD, {"prompts__template": "{prompt} {}"}, r"prompts.template '{prompt} {}'"),
+        (GOOD, {"prompts__template": "{prompt.x}"}, r"prompts.template '{prompt.x}'"),
+        (GOOD, {"prompts__template": "{prompt[a]}"}, r"prompts.template '{prompt\[a\]}'"),
+        (GOOD, {"prompts__template": "{prompt"}, r"prompts.template '{prompt'"),
+        (GOOD, {"prompts__id_field": "id"}, "bad.jsonl:1: no field 'id'"),
+        (GOOD, {"alpha_field": "a"}, "bad.jsonl:1: no field 'a'"),
+        ('{"prompt": "x", "a": "1"}', {"alpha_field": "a"}, "bad.jsonl:1: a must be a number"),
+        ('{"prompt": "x", "a": NaN}', {"alpha_field": "a"}, "bad.jsonl:1: a must be finite"),
+        ('{"prompt": "x", "a": [[1, 1.0]]}', {"alpha_field": "a"}, "bad.jsonl:1: a: the steps"),
+        ('{"prompt": "x", "a": []}', {"alpha_field": "a"}, "bad.jsonl:1: a: the steps"),
+    ],
+)
+def test_prompt_files(fields, text, settings, message):
+    with pytest.raises(InputError, match=message):
+        read(fields, text, **settings)
+
+
+def test_rows_that_are_read(fields):
+    rows = read(fields, GOOD + "\n" + '{"prompt": "two", "a": 2}\n' + GOOD, prompts__limit=2)
+    assert [(row.line, row.prompt.text) for row in rows] == [(1, "one"), (3, "two")]
+    (row,) = read(fields, '{"q": "1+1", "k": "4", "a": null}', prompts__template="{q} = {{{k}}}",
+                  prompts__id_field="k", alpha_field="a")  # fmt: skip
+    assert (row.prompt.text, row.id, row.alpha) == ("1+1 = {4}", "4", None)
+
+
+def test_files_that_cannot_be_read(fields):
+    config = jobs.decoding()
+    with pytest.raises(InputError, match=r"prompts.path is empty"):
+        job.read_prompts(config)
+    config.prompts.path = str(fields / "absent.jsonl")
+    with pytest.raises(InputError, match=r"absent.jsonl: No such file"):
+        job.read_prompts(config)
+    config.prompts.path = str(fields / "latin.jsonl")
+    Path(config.prompts.path).write_bytes(b'{"prompt": "\xe9"}\n')
+    with pytest.raises(InputError, match="not UTF-8"):
+        job.read_prompts(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampling__temperature": -1.0}, "sampling.temperature must be between 0 and inf"),
+        ({"sampling__top_p": 1.5}, r"sampling.top_p must be between 0 and 1, not 1.5"),
+        ({"base_filter__min_p": -0.1}, "base_filter.min_p must be between"),
+        ({"sampling__top_k": -2}, "sampling.top_k must be"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"chunk_steps": 0}, "chunk_steps must be at least 1"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be at least 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"alpha": float("inf")}, "alpha must be finite"),
+        ({"alpha_schedule": ((0, 1.0), (0, 2.0))}, "alpha: the steps of a schedule rise"),
+        ({"method": "both"}, "method 'both' is unknown"),
+        ({"method": "expert", "expert__path": ""}, "method is 'expert', but expert.path is empty"),
+        ({"base__path": ""}, "base.path is empty"),
+        ({"base__path": "/nowhere/at/all"}, "/nowhere/at/all: no such file or directory"),
+        ({"layers": "some"}, "layers 'some' is unknown"),
+        ({"plan": "both"}, "plan 'both' is unknown"),
+        ({"replicate": ("width",)}, "replicate: 'width' is not one of"),
+        ({"mesh__data": 3}, r"batch_size \(4\) does not divide by the 3 devices"),
+        ({"mesh__fsdp": 7}, r"base: model width \(48\) does not divide by the 7 devices"),
+        ({"mesh__tensor": 16}, "mesh data=1 x fsdp=1 x tensor=16 does not fit the 8 cpu devices"),
+        ({"expert__template": "{text}"}, "template '{text}' is not raw"),
+        ({"max_new_tokens": 495}, r"line 2: \d\d tokens for expert and 495 new ones exceed"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("program", [generate, check], ids=["generate", "check"])
+def test_configs(llama, tmp_path, program, settings, message, monkeypatch):
+    monkeypatch.setattr(generate, "load_trio", None)  # nothing is loaded first
+    rows = [{"prompt": "A"}, {"prompt": "one two three four five"}]
+    jobs.write_prompts(tmp_path / "prompts.jsonl", rows)
+    config = jobs.config_of(llama, tmp_path, **settings)
+    with pytest.raises(InputError, match=message) as error:
+        program.main(config)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt_longer_than_the_context_of_one_role(llama, tmp_path):
+    """M+ reads 14 bytes more than the others."""
+    rows = [{"prompt": "A"}, {"prompt": "1 " * 245}]
+    jobs.write_prompts(tmp_path / "prompts.jsonl", rows)
+    config = jobs.config_of(llama, tmp_path, max_new_tokens=20)
+    count = {role: len(ids) for role, ids in llama.ids(rows[1]["prompt"]).items()}
+    assert count["base"] + 20 <= 512 < count["expert"] + 20
+    with pytest.raises(InputError) as error:
+        generate.main(config)
+    assert str(error.value) == (
+        f"line 2: {count['expert']} tokens for expert and 20 new ones exceed its context of 512"
+    )
+
+
+def test_not_enough_memory(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_available", lambda place: 100_000)
+    monkeypatch.setattr(generate, "load_trio", None)
+    with pytest.raises(InputError, match=r"the job needs about .* GiB .* 0.0 GiB are there"):
+        generate.main(jobs.config_of(llama, tmp_path))
+    with pytest.raises(InputError, match="the job needs about"):
+        check.main(jobs.config_of(llama, tmp_path))
+
+
+@pytest.mark.parametrize("plan", ["separate", "stacked"])
+def test_memory_counts_weights_and_caches(llama, plan):
+    """Against the torch models; a checkpoint in two roles is read once, if they run apart."""
+    specs = {role: llama.spec(role) for role in ("base", "expert")}
+    trio = open_trio(specs | {"antiexpert": specs["expert"]})
+    contexts = {"base": 30, "expert": 50, "antiexpert": 30}
+    place = Placement(make_mesh({"data": 2, "tensor": 2}))
+    estimate = memory.estimate(trio, trio.passes(plan), place, 4, contexts)
+    sizes = {role: sum(p.numel() for p in llama.models[role].parameters()) for role in specs}
+    again = 0 if plan == "separate" else estimate.weights["expert"]
+    assert estimate.weights["antiexpert"] == again
+    for role, size in sizes.items():
+        assert 0.5 * 4 * size <= estimate.weights[role] <= 0.51 * 4 * size  # but the norms
+    # Of half of the rows, one of two heads: keys and values of each layer.
+    for role, layers, head in (("base", 2, 12), ("expert", 1, 8), ("antiexpert", 1, 8)):
+        assert estimate.caches[role] == 2 * layers * 2 * contexts[role] * 1 * head * 4

@@ -1,0 +1,123 @@
+"""The output directory: who may write it, and what is kept."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from decode import outputs
+from decode.outputs import OutputFile
+from proxy_jax.errors import InputError
+from tests.decode.jobs import ROOT
+
+CONFIG, INPUTS = {"alpha": 1.0, "stop": ("a",)}, {"prompts": "digest"}
+
+
+def records(*rows):
+    return [{"row": row, "text": "é\n\u2028"} for row in rows]
+
+
+def rows(directory):
+    lines = (directory / "outputs.jsonl").read_bytes().split(b"\n")
+    assert lines.pop() == b""
+    return [json.loads(line)["row"] for line in lines]
+
+
+def test_rows_end_in_the_order_of_the_prompts(tmp_path):
+    output = OutputFile(tmp_path, CONFIG, INPUTS)
+    output.append(records(2, 0))
+    assert rows(tmp_path) == [2, 0]  # on disk at once
+    output.append(records(1))
+    output.finish({"new_tokens": 5})
+    assert rows(tmp_path) == [0, 1, 2]
+    assert output.done == {0, 1, 2}
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["runs"][0]["new_tokens"] == 5
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["manifest.json", "outputs.jsonl"]
+
+
+def test_half_written_line_is_dropped(tmp_path):
+    output = OutputFile(tmp_path, CONFIG, INPUTS)
+    output.append(records(0, 1))
+    del output
+    file = tmp_path / "outputs.jsonl"
+    whole = file.read_bytes()
+    for length in range(1, len(whole) + 1):
+        file.write_bytes(whole[:length])
+        output = OutputFile(tmp_path, CONFIG, INPUTS)
+        assert output.done == set(range(whole[:length].count(b"\n")))
+        output.append(records(7))
+        assert rows(tmp_path) == [*sorted(output.done - {7}), 7]
+        del output
+
+
+def test_second_process_is_locked_out(tmp_path):
+    output = OutputFile(tmp_path, CONFIG, INPUTS)
+    output.append(records(0))
+    code = (
+        "import pathlib, sys\nfrom decode.outputs import OutputFile\n"
+        f"OutputFile(pathlib.Path(sys.argv[1]), {CONFIG}, {INPUTS})"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "outputs.jsonl: another process is writing it" in second.stderr
+    assert rows(tmp_path) == [0]
+    follower = OutputFile(tmp_path, CONFIG, INPUTS, write=False)
+    follower.append(records(1))
+    assert (follower.done, rows(tmp_path)) == ({0}, [0])
+
+
+def test_output_of_another_job(tmp_path):
+    OutputFile(tmp_path, CONFIG, INPUTS).append(records(0))
+    for config, inputs, message in (
+        (CONFIG | {"alpha": 2.0}, INPUTS, "alpha: 1.0, now 2.0"),
+        (CONFIG | {"stop": ("b",)}, INPUTS, r"stop: \['a'\], now \['b'\]"),
+        (CONFIG | {"new": 1}, INPUTS, "new: None, now 1"),
+        (CONFIG, {"prompts": "other"}, "prompts: 'digest', now 'other'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            OutputFile(tmp_path, config, inputs)
+    assert rows(tmp_path) == [0]
+    free = {"chunk_steps": 3, "output_dir": "elsewhere", "overwrite": False}
+    assert OutputFile(tmp_path, CONFIG | free, INPUTS).done == {0}
+    assert OutputFile(tmp_path, {"alpha": 3.0, "overwrite": True}, INPUTS).done == set()
+    assert rows(tmp_path) == []
+
+
+def test_files_of_nobody(tmp_path):
+    file = tmp_path / "outputs.jsonl"
+    file.write_text('{"row": 0}\n')
+    with pytest.raises(InputError, match=r"exists, but no manifest.json says what made it"):
+        OutputFile(tmp_path, CONFIG, INPUTS)
+    file.write_text("")
+    OutputFile(tmp_path, CONFIG, INPUTS).append(records(0))
+    for line in ("text", '{"id": 3}', "[]"):
+        file.write_text('{"row": 0}\n' + line + "\n")
+        with pytest.raises(InputError, match=r"outputs.jsonl:2: not a row of this job"):
+            OutputFile(tmp_path, CONFIG, INPUTS)
+    (tmp_path / "manifest.json").write_text('{"config": ')
+    with pytest.raises(InputError, match=r"manifest.json: not a manifest of a job"):
+        OutputFile(tmp_path, CONFIG, INPUTS)
+
+
+def test_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"output_dir .*file/out: Not a directory"):
+        OutputFile(tmp_path / "file" / "out", CONFIG, INPUTS)
+
+
+def test_full_disk_when_the_rows_are_sorted(tmp_path, monkeypatch):
+    output = OutputFile(tmp_path, CONFIG, INPUTS)
+    output.append(records(1, 0))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(outputs.os, "fsync", full)
+    with pytest.raises(
+        InputError, match=r"outputs.jsonl: cannot write \(No space left on device\)"
+    ):
+        output.finish({})
+    assert rows(tmp_path) == [1, 0]
