@@ -141,17 +141,18 @@ def step(
     """
     rows = state.rows
     logits, caches = _all_logits(program, params, state)
-    broken = jnp.stack([~jnp.all(jnp.isfinite(s), axis=-1) for s in logits.values()], axis=-1)
-
     with jax.named_scope("combine"):
         combined = _combined(logits, rows, settings)
         combined = process(combined, settings.processors, rows.recent, rows.seen, rows.generated)
+        failures = [~jnp.all(jnp.isfinite(s), axis=-1) for s in logits.values()]
+        failures.append(jnp.max(combined, axis=-1) == -jnp.inf)
     with jax.named_scope("draw"):
         # The position, in M's context, of the token to be drawn.
         positions = state.caches[0].lengths + 1
         keys = row_keys(settings.key, rows.row, positions)
         token = draw(combined, settings.sampling, keys)
 
+    broken = jnp.stack(failures, axis=-1)
     return _append(program, state, caches, token, broken, settings.processors.eos)
 
 
@@ -167,7 +168,7 @@ def chunk(
 
     Returns:
       The state (the old one is donated), and what the host looks at: "tokens" [B, steps], -1
-      where a slot was idle, "active" [B] and "broken" [B, R].
+      where a slot was idle, "active" [B] and "broken" [B, R + 1] (see Rows).
     """
 
     def more(carry):

@@ -11,6 +11,7 @@ explains them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -27,7 +28,8 @@ from decode.outputs import OutputFile, digest
 from decode.requests import Completion, Options
 from decode.scheduler import Generator
 from proxy_jax.errors import InputError
-from proxy_jax.trio import Trio, load_trio, open_trio
+from proxy_jax.sharding import Placement
+from proxy_jax.trio import LoadedTrio, Trio, load_trio, open_trio
 
 
 def main(config: ConfigDict) -> None:
@@ -44,44 +46,46 @@ def main(config: ConfigDict) -> None:
     passes = trio.passes(config.plan)
     memory.estimate(trio, passes, place, options.batch_size, contexts).check()
 
-    first = jax.process_index() == 0
+    with contextlib.closing(open_output(config)) as output:
+        waiting = [request for request in requests if request.row not in output.done]
+        resumed = len(requests) - len(waiting)
+        summary: dict[str, Any] = {"rows": len(waiting), "rows_resumed": resumed}
+        if waiting:
+            loaded = load_with_progress(trio, config, place, stacked_layers)
+            generator = Generator(loaded, options)
+            start = time.perf_counter()
+            with tqdm(
+                total=len(requests),
+                initial=resumed,
+                unit="row",
+                desc="decoding",
+                disable=not _first_process(),
+            ) as bar:
+                for completions in generator.stream(waiting, contexts):
+                    output.append([record(c, rows, options, config) for c in completions])
+                    speed = generator.new_tokens / (time.perf_counter() - start)
+                    bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
+                    bar.update(len(completions))
+                    bar.refresh()
+            summary |= {"new_tokens": generator.new_tokens, "tokens_per_second": round(speed, 2)}
+        output.finish(summary)
+    if _first_process():
+        print(f"{len(requests)} rows in {output.path}")
+
+
+def open_output(config: ConfigDict) -> OutputFile:
+    """The output file; the first process writes it, the others read what is done."""
     inputs = {"prompts": digest(Path(os.path.expandvars(config.prompts.path)).expanduser())}
     directory = Path(config.output_dir).expanduser()
-    output = OutputFile(directory, config.to_dict(), inputs) if first else None
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("output file opened")
-    if output is None:
-        output = OutputFile(directory, config.to_dict(), inputs, write=False)
-    waiting = [request for request in requests if request.row not in output.done]
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("output file read")
-    resumed = len(requests) - len(waiting)
-
-    tokens, seconds = 0, 0.0
-    if waiting:
-        loaded = load_with_progress(trio, config, place, stacked_layers, show=first)
-        generator = Generator(loaded, options)
-        start = time.perf_counter()
-        with tqdm(
-            total=len(requests), initial=resumed, unit="row", desc="decoding", disable=not first
-        ) as bar:
-            for completions in generator.stream(waiting, contexts):
-                output.append([record(c, rows, options, config) for c in completions])
-                seconds = time.perf_counter() - start
-                tokens = generator.new_tokens
-                bar.set_postfix_str(f"{tokens / seconds:.1f} tokens/s", refresh=False)
-                bar.update(len(completions))
-                bar.refresh()
-    output.finish(
-        {
-            "rows": len(waiting),
-            "rows_resumed": resumed,
-            "new_tokens": tokens,
-            "tokens_per_second": round(tokens / seconds, 2) if seconds else None,
-        }
-    )
-    if first:
-        print(f"{len(requests)} rows in {output.path}")
+    job_config = config.to_dict()
+    if jax.process_count() == 1:
+        return OutputFile(directory, job_config, inputs)
+    output = OutputFile(directory, job_config, inputs) if _first_process() else None
+    multihost_utils.sync_global_devices("output file opened")
+    output = output or OutputFile(directory, job_config, inputs, write=False)
+    # Nobody writes before everybody has read.
+    multihost_utils.sync_global_devices("output file read")
+    return output
 
 
 def record(
@@ -106,8 +110,8 @@ def record(
 
 
 def load_with_progress(
-    trio: Trio, config: ConfigDict, place: Any, stacked: bool | None, *, show: bool
-):
+    trio: Trio, config: ConfigDict, place: Placement, stacked: bool | None
+) -> LoadedTrio:
     """Loads the weights under a progress bar."""
     sizes = {
         trio.tree_key(one): len(one.roles) * memory.parameters(one.config)
@@ -118,11 +122,15 @@ def load_with_progress(
         unit="",
         unit_scale=True,
         desc="loading parameters",
-        disable=not show,
+        disable=not _first_process(),
     ) as bar:
         return load_trio(
             trio, plan=config.plan, place=place, stacked_layers=stacked, progress=bar.update
         )
+
+
+def _first_process() -> bool:
+    return jax.process_index() == 0
 
 
 if __name__ == "__main__":

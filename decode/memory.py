@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from decode.scheduler import cache_slots
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import abstract_params, logical_axes
@@ -76,7 +77,7 @@ def estimate(
         for role in one.roles:
             shared = trio.tree_key(one) in loaded
             weights[role] = 0 if shared else parameters(config, place) * itemsize
-            caches[role] = int(rows * contexts[role] * token)
+            caches[role] = int(rows * cache_slots(one, contexts) * token)
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))
     return Estimate(weights, caches, 2 * logits, _available(place))

@@ -53,7 +53,7 @@ class OutputFile:
         self._write = write
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b" if write else "rb")
+            self._file = self.path.open("a+b" if write else "rb", buffering=0)
         except OSError as error:
             raise InputError(f"output_dir {directory}: {error.strerror}") from error
         if write:
@@ -77,8 +77,9 @@ class OutputFile:
             return
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
-            self._file.write(lines.encode())
-            self._file.flush()
+            rest = memoryview(lines.encode())
+            while rest:  # an unbuffered file may take a part
+                rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
         except OSError as error:
             raise InputError(
@@ -93,9 +94,13 @@ class OutputFile:
             return
         self._file.seek(0)
         lines = sorted(self._file.read().splitlines(keepends=True), key=_row)
-        _replace(self.path, b"".join(lines))
         self._content["runs"][-1] |= summary | {"seconds": round(time.time() - self._started, 1)}
         self._save_manifest()
+        _replace(self.path, b"".join(lines))  # last: the lock is the replaced file's
+
+    def close(self) -> None:
+        """Lets go of the file and its lock."""
+        self._file.close()
 
     def _lock(self) -> None:
         try:

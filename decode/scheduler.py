@@ -24,7 +24,7 @@ from decode.state import DecodeState, Rows
 from decode.text import Detokenizer
 from proxy_jax.errors import InputError
 from proxy_jax.tokenization import Prompt
-from proxy_jax.trio import LoadedTrio, Trio
+from proxy_jax.trio import LoadedTrio, Pass, Trio
 
 _SHORTEST_BUCKET = 32
 _CACHE_GRAIN = 128  # cache lengths are multiples of it, so that few programs are compiled
@@ -78,7 +78,7 @@ class Generator:
           alpha: one coefficient or schedule a prompt, instead of the options'.
 
         Raises:
-          InputError: a prompt that is empty or too long.
+          InputError: a prompt that is empty or too long, or a string without effect.
         """
         requests = make_requests(self.loaded.trio, self.options, prompts, alpha)
         chunks = self.stream(requests, longest_contexts(requests))
@@ -142,16 +142,18 @@ class Generator:
         return finished
 
     def _refuse_broken(self, slots: Sequence[_Slot | None], seen: Mapping[str, np.ndarray]) -> None:
+        roles = self.program.roles
         for slot, broken in zip(slots, seen["broken"], strict=True):
             if slot is not None and broken.any():
-                role = self.program.roles[int(np.argmax(broken))]
-                raise InputError(
-                    f"row {slot.request.row}: the logits of the {role} model became NaN or infinite"
-                )
+                reasons = [
+                    *(f"the logits of the {role} model became NaN or infinite" for role in roles),
+                    "bans and base_filter together exclude every token",
+                ]
+                raise InputError(f"row {slot.request.row}: {reasons[int(np.argmax(broken))]}")
 
     def _finished(self, slot: _Slot, *, active: bool) -> Completion | None:
         ids = slot.ids
-        stop = slot.detokenizer.find_stop(ids, self.options.stop)
+        stop = slot.detokenizer.find_stop(ids, self.options.stop, self.options.chunk_steps)
         reason: FinishReason
         if stop is not None:
             count, text = stop
@@ -171,10 +173,7 @@ class Generator:
         )
 
     def _new_state(self, contexts: Mapping[str, int], pieces: int) -> DecodeState:
-        sizes = tuple(
-            -(-max(contexts[role] for role in one.roles) // _CACHE_GRAIN) * _CACHE_GRAIN
-            for one in self.program.passes
-        )
+        sizes = tuple(cache_slots(one, contexts) for one in self.program.passes)
         idle = self._rows([None], pieces)
         return engine.new_state(self.program, sizes, self.options.batch_size, idle)
 
@@ -251,7 +250,7 @@ class Generator:
             "alpha_values": np.zeros((count, pieces), np.float32),
             "recent": np.full((count, look_back), -2, np.int32),
             "seen": np.zeros((count, vocabulary), bool) if penalty else None,
-            "broken": np.zeros((count, len(roles)), bool),
+            "broken": np.zeros((count, len(roles) + 1), bool),
         }
         for i, request in enumerate(requests):
             if request is None:
@@ -297,8 +296,10 @@ def make_requests(
       names: what errors call each prompt; "prompt 0", ... by default.
 
     Raises:
-      InputError: names the prompt and role that is empty or too long.
+      InputError: names the prompt and role that is empty or too long, or the stop string or ban
+        that cannot take effect.
     """
+    _check_strings(trio, options)
     requests = []
     for index, prompt in enumerate(prompts):
         name = names[index] if names else f"prompt {index}"
@@ -332,9 +333,26 @@ def longest_contexts(requests: Iterable[Request]) -> dict[str, int]:
     return longest
 
 
+def cache_slots(one: Pass, contexts: Mapping[str, int]) -> int:
+    """Cache slots a row of a pass, for the longest contexts of a job by role."""
+    return -(-max(contexts[role] for role in one.roles) // _CACHE_GRAIN) * _CACHE_GRAIN
+
+
 def bucket(length: int) -> int:
     """The padded length of a prompt: the next power of two, and at least 32."""
     return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def _check_strings(trio: Trio, options: Options) -> None:
+    """Refuses strings that can never take effect."""
+    for text in (*options.banned, *options.banned_first):
+        _ids(trio, text)
+    for text in options.stop:
+        if trio.tokenizer.decode(_ids(trio, text), skip_special_tokens=True) == "":
+            raise InputError(
+                f"stop string {text!r} is a special token, which texts do not show; "
+                "put its id into eos_ids"
+            )
 
 
 def _ids(trio: Trio, text: str) -> list[int]:

@@ -30,7 +30,8 @@ class Rows:
       alpha_starts, alpha_values: [B, P], the coefficient is that of the last start <= generated.
       recent: [B, W] int32, the last tokens of M's context.
       seen: [B, V] bool, tokens of M's context; None without a repetition penalty.
-      broken: [B, R] bool, whether a model's logits were ever not finite.
+      broken: [B, R + 1] bool, whether a model's logits were ever not finite; last, whether ever
+        every token was excluded.
     """
 
     active: jax.Array

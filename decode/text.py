@@ -27,12 +27,22 @@ class Detokenizer:
         """The text that ids add to the prompt."""
         return self._decode([*self.prompt, *ids])[len(self._prefix) :]
 
-    def find_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
+    def find_stop(
+        self, ids: Sequence[int], stop: Sequence[str], new: int
+    ) -> tuple[int, str] | None:
         """The fewest tokens whose text contains a stop string, and the text before it.
 
         A stop string may begin and end inside tokens. Independent of how many tokens come at once.
+
+        Args:
+          ids: all new tokens of the row.
+          stop: the strings.
+          new: how many of the last ids have not been searched before.
         """
-        if not stop or not _first(self.text(ids), stop):
+        # A character takes at most 4 tokens, so this tail holds any match that ends in a new one;
+        # one more, because some tokenizers drop a space before the first.
+        tail = new + 4 * max(map(len, stop), default=0) + 1
+        if not stop or not _first(self._decode([*self.prompt, *ids][-tail:]), stop):
             return None
         low, high = 1, len(ids)
         while low < high:
@@ -43,8 +53,7 @@ class Detokenizer:
                 low = middle + 1
         text = self.text(ids[:low])
         at = _first(text, stop)
-        assert at is not None
-        return low, text[: at[0]]
+        return (low, text[: at[0]]) if at else None
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(

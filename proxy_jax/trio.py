@@ -202,7 +202,7 @@ def load_trio(
     Args:
       base, expert, antiexpert: paths, hub ids, or specs with a dtype and template.
       plan: separate, or stacked (M+ and M- in one pass over a leading axis of 2).
-      place: the mesh and rules; all devices on the data axis by default.
+      place: the mesh and rules; one device by default.
       stacked_layers: scan over layers; by default on accelerators only (a scan on CPU copies
         every layer's weights at every step).
       progress: called with the number of parameters after each array.

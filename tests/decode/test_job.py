@@ -158,6 +158,6 @@ def test_memory_counts_weights_and_caches(llama, plan):
     assert estimate.weights["antiexpert"] == again
     for role, size in sizes.items():
         assert 0.5 * 4 * size <= estimate.weights[role] <= 0.51 * 4 * size  # but the norms
-    # Of half of the rows, one of two heads: keys and values of each layer.
+    # Of half of the rows, one of two heads: keys and values of each layer, in 128 slots.
     for role, layers, head in (("base", 2, 12), ("expert", 1, 8), ("antiexpert", 1, 8)):
-        assert estimate.caches[role] == 2 * layers * 2 * contexts[role] * 1 * head * 4
+        assert estimate.caches[role] == 2 * layers * 2 * 128 * 1 * head * 4

@@ -117,7 +117,7 @@ def test_full_disk_when_the_rows_are_sorted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(outputs.os, "fsync", full)
     with pytest.raises(
-        InputError, match=r"outputs.jsonl: cannot write \(No space left on device\)"
+        InputError, match=r"manifest.json: cannot write \(No space left on device\)"
     ):
         output.finish({})
     assert rows(tmp_path) == [1, 0]

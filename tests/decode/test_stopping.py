@@ -10,7 +10,7 @@ from transformers import (
     SuppressTokensAtBeginLogitsProcessor,
 )
 
-from decode import Generator
+from decode import Generator, Truncation
 from decode.text import Detokenizer
 from proxy_jax.errors import InputError
 from tests import trios
@@ -158,9 +158,28 @@ def test_text_of_parts_of_characters():
     detokenizer = Detokenizer(tokenizer, prompt)
     assert detokenizer.text(euro) == "€"
     end = tokenizer("b!")["input_ids"]
-    assert detokenizer.find_stop([*euro, *end], ["€b"]) == (4, "")
-    assert detokenizer.find_stop([*euro, *end], ["b", "!"]) == (4, "€")
-    assert detokenizer.find_stop(euro, ["b"]) is None
+    assert detokenizer.find_stop([*euro, *end], ["€b"], len(end)) == (4, "")
+    assert detokenizer.find_stop([*euro, *end], ["b", "!"], len(end)) == (4, "€")
+    assert detokenizer.find_stop(euro, ["b"], len(euro)) is None
+    assert detokenizer.find_stop(euro, ["a", "ü"], len(euro)) is None, "in the prompt only"
+
+
+def test_strings_without_effect_are_refused(loaded):
+    for fields, message in [
+        ({"stop": ("</s>",)}, "stop string '</s>' is a special token"),
+        ({"banned": ("",)}, "non-empty strings"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Generator(loaded, options(**fields)).generate(PROMPTS)
+
+
+def test_nothing_left_to_draw(llama, loaded):
+    """M keeps one token at each step, and it is banned at the first."""
+    first = Generator(loaded, options(alpha=0.0)).generate(PROMPTS[:1])[0].token_ids[0]
+    word = llama.tokenizers["base"].decode([first])
+    fields = {"base_filter": Truncation(top_k=1), "banned_first": (word,)}
+    with pytest.raises(InputError, match="row 0: bans and base_filter together"):
+        Generator(loaded, options(**fields)).generate(PROMPTS[:1])
 
 
 def test_text_keeps_the_space_of_the_first_word():
