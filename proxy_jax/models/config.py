@@ -92,7 +92,7 @@ class ModelConfig:
         (OLMo 2), or none.
       activation: of the gate of the MLP.
       embedding_scale: multiplies the token embeddings (Gemma).
-      query_scale: multiplies the queries; usually head_dim ** -0.5.
+      query_scale: multiplies queries times keys; usually head_dim ** -0.5.
       attention_softcap, final_softcap: c in c * tanh(x / c), on scores and logits (Gemma 2).
     """
 

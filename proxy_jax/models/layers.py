@@ -89,9 +89,8 @@ def attend(
     batch, length, heads, head_dim = q.shape
     kv_heads = keys.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # N -> K G
-    q = (q.astype(jnp.float32) * config.query_scale).astype(q.dtype)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32)
-    scores = softcap(scores, config.attention_softcap)
+    scores = softcap(scores * config.query_scale, config.attention_softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values, preferred_element_type=jnp.float32)
