@@ -10,11 +10,15 @@ def decoding() -> ConfigDict:
     # The three models. path: Hugging Face directory, GGUF file, or hub id; empty leaves the role
     # out. template: how the role is prompted: "raw", "chat" (the chat template of its tokenizer),
     # "reference" (what the published code feeds Llama-2-chat), or a format string with {prompt}
-    # and optionally {system} and {response_prefix}.
+    # and optionally {system} and {response_prefix}. adapter: a PEFT directory, LoRA on the model.
     for role in ("base", "expert", "antiexpert"):
-        config[role] = ConfigDict({"path": "", "dtype": "bfloat16", "template": "raw"})
+        config[role] = ConfigDict(
+            {"path": "", "dtype": "bfloat16", "template": "raw", "adapter": ""}
+        )
     config.method = "proxy"  # proxy, or one model alone: base, expert, antiexpert
-    config.plan = "separate"  # or stacked: M+ and M- of one shape in one pass
+    # separate; stacked: M+ and M- of one shape in one pass; shared: M+ is M- with an adapter (or
+    # only another template), and the weights are read once for both.
+    config.plan = "separate"
 
     # s = s_M + alpha (s_+ - s_-), plus (beta - 1) (s_M - s_-).
     config.alpha = 1.0

@@ -8,7 +8,7 @@ Letters: B slots, P rows of one prefill, T new tokens, R roles of a pass, V voca
     step      three forwards -> combine -> processors -> draw -> append
     chunk     a compiled loop of steps; between two chunks the host looks at what came out
 
-A pass (proxy_jax.trio) is one parameter tree, which serves one role or two stacked ones. Nothing
+A pass (proxy_jax.trio) is one parameter tree, which serves one role, or two by vmap. Nothing
 here knows about text, files or queues: decode/scheduler.py drives these four functions.
 """
 
@@ -27,6 +27,7 @@ from decode.state import DecodeState, Rows
 from proxy_jax.combine import combine
 from proxy_jax.models.cache import KVCache, insert
 from proxy_jax.models.decoder import Params, apply
+from proxy_jax.models.lora import role_axes
 from proxy_jax.sharding import Placement
 from proxy_jax.trio import LoadedTrio, Pass
 
@@ -214,7 +215,8 @@ def _forward(
     if len(one.roles) == 1:
         logits, cache = run(params, cache, tokens[0])
         return logits[None], cache
-    return jax.vmap(run)(params, cache, tokens)
+    axes = role_axes(params) if one.shared else 0
+    return jax.vmap(run, in_axes=(axes, 0, 0))(params, cache, tokens)
 
 
 def _combined(logits: Mapping[str, jax.Array], rows: Rows, settings: Settings) -> jax.Array:

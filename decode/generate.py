@@ -114,7 +114,7 @@ def load_with_progress(
 ) -> LoadedTrio:
     """Loads the weights under a progress bar."""
     sizes = {
-        trio.tree_key(one): len(one.roles) * memory.parameters(one.config)
+        trio.tree_key(one): len(trio.tree_key(one)[0]) * memory.parameters(one.config)
         for one in trio.passes(config.plan)
     }
     with tqdm(

@@ -44,7 +44,10 @@ def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:
     """
     specs: dict[Role, ModelSpec] = {
         role: ModelSpec(
-            os.path.expandvars(config[role].path), config[role].dtype, config[role].template
+            os.path.expandvars(config[role].path),
+            config[role].dtype,
+            config[role].template,
+            os.path.expandvars(config[role].adapter),
         )
         for role in ROLES
         if config[role].path

@@ -75,8 +75,8 @@ def estimate(
         heads = config.num_kv_heads / place.split("kv_heads")
         token = 2 * config.num_layers * heads * config.head_dim * itemsize
         for role in one.roles:
-            shared = trio.tree_key(one) in loaded
-            weights[role] = 0 if shared else parameters(config, place) * itemsize
+            there = trio.tree_key(one) in loaded or (one.shared and role != one.roles[0])
+            weights[role] = 0 if there else parameters(config, place) * itemsize
             caches[role] = int(rows * cache_slots(one, contexts) * token)
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
+from proxy_jax.checkpoints.adapters import with_adapter
 from proxy_jax.checkpoints.loading import Checkpoint, Progress, load_params, open_checkpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.hf_config import config_from_hf
+from proxy_jax.models.lora import beside_nothing
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.tokenization import Prompt, Template, Vocabulary, align
 
 Role = str
 ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
-Plan = Literal["separate", "stacked"]
+Plan = Literal["separate", "stacked", "shared"]
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -30,11 +33,13 @@ class ModelSpec:
       path: a Hugging Face directory, a GGUF file, or a hub id.
       dtype: of the weights, caches and activations.
       template: see `Template`.
+      adapter: a PEFT directory with a LoRA adapter to put on the model; empty for none.
     """
 
     path: str
     dtype: str = "float32"
     template: str = "raw"
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +55,20 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """One forward pass: a parameter tree that serves one role, or two stacked ones."""
+    """One forward pass: a parameter tree that serves one role, or two.
+
+    Attributes:
+      roles: whom it serves.
+      config: their architecture.
+      dtype: of the weights.
+      shared: two roles read the same weights, once for both; only adapters differ. Otherwise the
+        weights of two roles are stacked along a leading axis.
+    """
 
     roles: tuple[Role, ...]
     config: ModelConfig
     dtype: str
+    shared: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,21 +126,30 @@ class Trio:
         ]
         if plan == "separate":
             return tuple(whole)
-        if plan != "stacked":
-            raise InputError(f"plan {plan!r} is unknown; plans are separate and stacked")
+        if plan not in ("stacked", "shared"):
+            raise InputError(f"plan {plan!r} is unknown; plans are separate, stacked and shared")
         if len(whole) < 3:
-            raise InputError("plan 'stacked' needs an expert and an anti-expert")
+            raise InputError(f"plan {plan!r} needs an expert and an anti-expert")
         base, expert, anti = whole
+        specs = [self.members[role].spec for role in ("expert", "antiexpert")]
         if (expert.config, expert.dtype) != (anti.config, anti.dtype):
             raise InputError(
-                "plan 'stacked' needs an expert and an anti-expert of one shape and dtype; "
+                f"plan {plan!r} needs an expert and an anti-expert of one shape and dtype; "
                 "use plan 'separate'"
             )
-        return base, Pass(("expert", "antiexpert"), expert.config, expert.dtype)
+        if plan == "stacked" and any(spec.adapter for spec in specs):
+            raise InputError("plan 'stacked' has no place for an adapter; use plan 'shared'")
+        if plan == "shared" and (specs[0].path != specs[1].path or specs[1].adapter):
+            raise InputError(
+                "plan 'shared' needs an expert that is the anti-expert's checkpoint with an "
+                f"adapter, not {specs[0].path} and {specs[1].path} {specs[1].adapter}"
+            )
+        return base, Pass(("expert", "antiexpert"), expert.config, expert.dtype, plan == "shared")
 
     def tree_key(self, one: Pass) -> tuple[tuple[str, ...], str]:
-        """What a pass's parameters come from; passes with equal keys share one tree."""
-        return tuple(self.members[role].spec.path for role in one.roles), one.dtype
+        """What a pass's weights come from; passes with equal keys share them."""
+        paths = tuple(self.members[role].spec.path for role in one.roles)
+        return paths[:1] if one.shared else paths, one.dtype
 
     def check_placement(self, place: Placement) -> None:
         """Refuses a mesh that does not divide the models' dimensions."""
@@ -141,7 +164,8 @@ class LoadedTrio:
     Attributes:
       trio: the models' descriptions.
       passes: the forward passes of the plan.
-      params: one parameter tree a pass; stacked roles have a leading axis of 2.
+      params: one parameter tree a pass; of two roles, the weights have a leading axis of 2, or
+        only the adapters if the pass is shared.
       place: the mesh and rules the weights lie on.
       stacked_layers: whether the layers of each model are one array, to be scanned.
     """
@@ -201,7 +225,8 @@ def load_trio(
 
     Args:
       base, expert, antiexpert: paths, hub ids, or specs with a dtype and template.
-      plan: separate, or stacked (M+ and M- in one pass over a leading axis of 2).
+      plan: separate; stacked (M+ and M- in one pass over a leading axis of 2); or shared (M+ is
+        M- with an adapter: one pass over twice the rows, which reads the weights once).
       place: the mesh and rules; one device by default.
       stacked_layers: scan over layers; by default on accelerators only (a scan on CPU copies
         every layer's weights at every step).
@@ -231,16 +256,26 @@ def load_trio(
     for one in passes:
         key = trio.tree_key(one)
         if key not in loaded:
+            roles = one.roles[:1] if one.shared else one.roles
             loaded[key] = load_params(
-                [trio.members[role].checkpoint for role in one.roles],
+                [trio.members[role].checkpoint for role in roles],
                 one.config,
                 one.dtype,
                 place,
                 stacked=stacked_layers,
                 progress=progress,
             )
-        params.append(loaded[key])
+        params.append(_adapted(trio, one, loaded[key], place))
     return LoadedTrio(trio, passes, tuple(params), place, stacked_layers)
+
+
+def _adapted(trio: Trio, one: Pass, params: Params, place: Placement) -> Params:
+    """Puts the adapter of a pass's first role, the expert, on its weights."""
+    adapter = trio.members[one.roles[0]].spec.adapter
+    if not adapter:
+        return params
+    params = with_adapter(params, Path(adapter).expanduser(), one.config, one.dtype, place)
+    return beside_nothing(params) if one.shared else params
 
 
 def _check_softcaps(members: Mapping[Role, Member]) -> None:

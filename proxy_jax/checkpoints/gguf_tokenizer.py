@@ -78,7 +78,8 @@ _ROLES = {
 def make_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     """Builds the tokenizer that a GGUF file's metadata describe.
 
-    Its length is the number of tokens in the file, unused ones included.
+    Its length is the number of tokens in the file, less the unused ones at the end: those only
+    stand for padding rows of the embedding.
 
     Raises:
       InputError: a tokenizer model or pre-tokenizer that is not supported, a missing key, or lists
@@ -87,6 +88,8 @@ def make_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     model = metadata["tokenizer.ggml.model"]
     count = len(metadata["tokenizer.ggml.tokens"])
     types = _per_token(metadata, "tokenizer.ggml.token_type", count, [TokenType.NORMAL] * count)
+    used = [index for index, kind in enumerate(types) if kind != TokenType.UNUSED]
+    types = types[: used[-1] + 1] if used else []
     tokens = _tokens(metadata, types, visible_spaces=model == "llama")
     if model == "gpt2":
         backend, add_bos = _byte_level(metadata, tokens)
@@ -142,7 +145,7 @@ def _per_token(
 
 def _tokens(metadata: Metadata, types: list[int], visible_spaces: bool) -> list[str]:
     tokens: dict[str, None] = {}
-    for index, token in enumerate(metadata["tokenizer.ggml.tokens"]):
+    for index, token in enumerate(metadata["tokenizer.ggml.tokens"][: len(types)]):
         if visible_spaces and types[index] == TokenType.USER_DEFINED:
             # Matched in the text as it is, so spelled like it; older converters left it visible.
             token = token.replace(_SPACE, " ")
@@ -228,7 +231,8 @@ def _score_merges(metadata: Metadata, tokens: list[str], types: list[int]) -> li
     Only ordinary (and unused) pieces can come out of a merge. Among the ways to make one piece, a
     longer left part goes first, as in the ``tokenizer.json`` files made from SentencePiece models.
     """
-    scores = _per_token(metadata, "tokenizer.ggml.scores", len(tokens))
+    count = len(metadata["tokenizer.ggml.tokens"])
+    scores = _per_token(metadata, "tokenizer.ggml.scores", count)
     pieces = {
         token: index
         for index, token in enumerate(tokens)

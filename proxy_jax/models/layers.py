@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from proxy_jax.models import cache as kv
+from proxy_jax.models import lora
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.sharding import Placement
 
@@ -33,9 +34,9 @@ def param(
     return nnx.Param(value, logical_axes=axes)
 
 
-def project(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+def project(spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     """einsum of activations and weights: accumulated in float32, returned in x's dtype."""
-    return jnp.einsum(spec, x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+    return lora.product(spec, x, weight.get_value()).astype(x.dtype)
 
 
 def over_last(weight: jax.Array, x: jax.Array) -> jax.Array:
@@ -131,9 +132,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Returns the output [B, T, D] and the layer's keys and values [B, S, K, H]."""
         config = self.config
-        q = project("BTD,DNH->BTNH", x, self.q[...])
-        k = project("BTD,DKH->BTKH", x, self.k[...])
-        v = project("BTD,DKH->BTKH", x, self.v[...])
+        q = project("BTD,DNH->BTNH", x, self.q)
+        k = project("BTD,DKH->BTKH", x, self.k)
+        v = project("BTD,DKH->BTKH", x, self.v)
         if config.qkv_bias:
             q = add_bias(q, self.q_bias[...])
             k = add_bias(k, self.k_bias[...])
@@ -149,7 +150,7 @@ class Attention(nnx.Module):
             k, v = kv.write(cache[0], k, start), kv.write(cache[1], v, start)
             cache = (k, v)
         out = attend(q, k, v, mask, config)
-        out = project("BTNH,NHD->BTD", out, self.o[...])
+        out = project("BTNH,NHD->BTD", out, self.o)
         return (add_bias(out, self.o_bias[...]) if config.out_bias else out), cache
 
 
@@ -170,8 +171,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array, place: Placement) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
         bias = self.config.mlp_bias
-        gate = project("BTD,DF->BTF", x, self.gate[...])
-        up = project("BTD,DF->BTF", x, self.up[...])
+        gate = project("BTD,DF->BTF", x, self.gate)
+        up = project("BTD,DF->BTF", x, self.up)
         if bias:
             gate, up = add_bias(gate, self.gate_bias[...]), add_bias(up, self.up_bias[...])
         gate = gate.astype(jnp.float32)
@@ -179,7 +180,7 @@ class MLP(nnx.Module):
         gate = jax.nn.gelu(gate, approximate=True) if gelu else jax.nn.silu(gate)
         hidden = gate.astype(x.dtype) * up
         hidden = place.constrain(hidden, ("batch", None, "mlp"))
-        out = project("BTF,FD->BTD", hidden, self.down[...])
+        out = project("BTF,FD->BTD", hidden, self.down)
         return add_bias(out, self.down_bias[...]) if bias else out
 
 

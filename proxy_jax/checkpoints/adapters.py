@@ -1,0 +1,111 @@
+"""LoRA adapters in PEFT's directory format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from proxy_jax.checkpoints.names import Tensor, tensors
+from proxy_jax.checkpoints.safetensors import read_json
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import Params
+from proxy_jax.models.lora import attach
+from proxy_jax.sharding import Placement
+
+# What a config must say for the adapter to be scale * A B on linear layers, and nothing else.
+_REQUIRED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+}
+
+
+def with_adapter(
+    params: Params, path: Path, config: ModelConfig, dtype: Any, place: Placement
+) -> Params:
+    """Loads a PEFT adapter and puts it on a model's parameters.
+
+    Args:
+      params: of the base model, layers stacked or not; shared with the result, not copied.
+      path: a directory with adapter_config.json and adapter_model.safetensors.
+      config: the base model's.
+      dtype: of the adapter's matrices.
+      place: the mesh and rules.
+
+    Raises:
+      InputError: an adapter of another kind or for another model; names the key or tensor.
+    """
+    settings = _read_config(path)
+    rank = settings["r"]
+    stored = _read_tensors(path / "adapter_model.safetensors")
+    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    for tensor in _lora_tensors(config, rank):
+        if tensor.name not in stored:
+            continue
+        array = stored.pop(tensor.name)
+        if array.shape != tensor.source_shape:
+            raise InputError(
+                f"{path}: tensor {tensor.name} has shape {array.shape}, the model and rank "
+                f"{rank} ask for {tensor.source_shape}"
+            )
+        _, layer, module, weight, matrix = tensor.path
+        target = layers[int(layer)].setdefault(str(module), {}).setdefault(weight, {})
+        target[matrix] = np.asarray(tensor.to_ours(array), jnp.dtype(dtype))
+    if stored:
+        raise InputError(f"{path}: tensor {min(stored)} adapts nothing in a {config.family} model")
+    kinds = {jax.tree.structure(layer) for layer in layers}
+    whole = all({"a", "b"} == set(pair) for m in layers[0].values() for pair in m.values())
+    if len(kinds) != 1 or not layers[0] or not whole:
+        raise InputError(f"{path}: the same matrices, A and B, must be adapted in every layer")
+    stacked = isinstance(params["layers"], dict)
+    tree: Any = jax.tree.map(lambda *x: np.stack(x), *layers) if stacked else tuple(layers)
+    # Small: every device holds all of it.
+    tree = jax.tree.map(lambda x: jax.device_put(x, place.sharding((None,) * x.ndim)), tree)
+    return attach(params, {"layers": tree}, settings["lora_alpha"] / rank)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "adapter_config.json"
+    settings = read_json(file)
+    for key, allowed in _REQUIRED.items():
+        if settings.get(key) not in allowed:
+            raise InputError(f"{file}: {key}={settings.get(key)!r} is not supported")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
+            raise InputError(f"{file}: {key} must be a positive number")
+    return settings
+
+
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def _lora_tensors(config: ModelConfig, rank: int) -> list[Tensor]:
+    """A and B of every linear layer inside the blocks, as PEFT names them."""
+    found = []
+    for tensor in tensors(config):
+        if tensor.path[0] != "layers" or len(tensor.source) != 2:
+            continue
+        out, into = tensor.source
+        stem = f"base_model.model.{tensor.name.removesuffix('.weight')}"
+        sizes = (*tensor.sizes, ("R", rank))
+        found += [
+            Tensor(f"{stem}.lora_A.weight", (*tensor.path, "a"), ("R", into), f"{into}R", sizes),
+            Tensor(f"{stem}.lora_B.weight", (*tensor.path, "b"), (out, "R"), f"R{out}", sizes),
+        ]
+    return found

@@ -1,0 +1,90 @@
+"""Plan shared: an expert that is the anti-expert with an adapter, or only another prompt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+
+from decode import engine
+from proxy_jax.errors import InputError
+from proxy_jax.models.lora import is_adapted
+from proxy_jax.sharding import Placement, make_mesh
+from proxy_jax.trio import load_trio
+from tests.trios import PROMPTS, STEPS, complete
+
+
+@pytest.fixture(scope="module")
+def lora(llama, tmp_path_factory):
+    """The llama trio with M+ = M- and a random adapter, and what its torch loop draws."""
+    directory = tmp_path_factory.mktemp("adapter")
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj", "down_proj"])
+    fresh = type(llama.models["antiexpert"]).from_pretrained(llama.paths["antiexpert"])
+    torch.manual_seed(1)
+    expert = peft.get_peft_model(fresh, config).eval()
+    with torch.no_grad():
+        for name, weight in expert.named_parameters():
+            if "lora_" in name:
+                weight.normal_(0.0, 0.5)
+    expert.save_pretrained(directory)
+    tuned = dataclasses.replace(llama, models={**llama.models, "expert": expert})
+    answers = [tuned.greedy(tuned.ids(prompt), STEPS) for prompt in PROMPTS]
+    return str(directory), answers
+
+
+def specs(llama, adapter):
+    small = llama.spec("antiexpert")
+    expert = dataclasses.replace(small, template=llama.templates["expert"], adapter=adapter)
+    return {"base": llama.spec("base"), "expert": expert, "antiexpert": small}
+
+
+@pytest.mark.parametrize("stacked_layers", [False, True])
+@pytest.mark.parametrize("plan", ["separate", "shared"])
+def test_an_adapter(llama, lora, plan, stacked_layers):
+    adapter, answers = lora
+    loaded = load_trio(**specs(llama, adapter), plan=plan, stacked_layers=stacked_layers)
+    assert complete(loaded) == answers
+
+
+def test_another_prompt_only(llama):
+    separate, shared = (load_trio(**specs(llama, ""), plan=p) for p in ("separate", "shared"))
+    assert complete(shared) == complete(separate)
+
+
+def test_on_eight_devices(llama, lora):
+    adapter, answers = lora
+    place = Placement(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    assert complete(load_trio(**specs(llama, adapter), plan="shared", place=place)) == answers
+
+
+def test_weights_are_there_and_read_once(llama, lora):
+    """The step's program has one product with each weight of the small model, of twice the rows."""
+    loaded = load_trio(**specs(llama, lora[0]), plan="shared")
+    leaves = jax.tree.leaves(loaded.params[1], is_leaf=is_adapted)
+    weights = [leaf.weight if is_adapted(leaf) else leaf for leaf in leaves]
+    rows = {leaf.shape for leaf in weights if leaf.shape[0] == 2}
+    assert not rows, "no weight has an axis for the role"
+    program = engine.Program.of(loaded)
+    cache = jax.eval_shape(lambda: engine._empty_cache(program, program.passes[1], 4, 128))
+    tokens = np.zeros((2, 4, 1), np.int32)
+    run = lambda params, cache, tokens: engine._forward(  # noqa: E731
+        program, program.passes[1], params, cache, tokens
+    )
+    jaxpr = jax.make_jaxpr(run)(loaded.params[1], cache, tokens)
+    vocabulary = llama.models["antiexpert"].config.vocab_size
+    heads = [
+        eqn
+        for eqn in jaxpr.eqns
+        if eqn.primitive.name == "dot_general" and vocabulary in eqn.invars[1].aval.shape
+    ]
+    assert [eqn.outvars[0].aval.size for eqn in heads] == [2 * 4 * vocabulary]
+
+
+def test_what_is_refused(llama, lora):
+    both = specs(llama, lora[0])
+    with pytest.raises(InputError, match="plan 'stacked' has no place for an adapter"):
+        load_trio(**both, plan="stacked")
+    with pytest.raises(InputError, match="plan 'shared' needs an expert that is the anti-expert"):
+        load_trio(**(both | {"expert": llama.spec("expert")}), plan="shared")
