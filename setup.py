@@ -38,6 +38,7 @@ setup(
             "pytest-xdist>=3.6",
             "ruff>=0.15,<0.18",  # formatting differs between minor versions
             "mypy>=1.18,<3",
+            "accelerate>=1",  # transformers asks for it to read GGUF files into torch
             "peft>=0.17",  # oracle of the adapters
             "torch==2.13.0",  # the oracle of the parity tests; nothing else uses it
         ],

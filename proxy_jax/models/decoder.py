@@ -12,6 +12,7 @@ turns the one into the other, and the model is the same.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,6 +26,16 @@ from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_no
 from proxy_jax.sharding import LOCAL, Placement
 
 Params = dict[str, Any]
+
+# What is kept of each layer for the backward pass: everything, products with weights, or only the
+# layer's input.
+REMAT: dict[str, Callable[[Callable], Callable]] = {
+    "none": lambda layer: layer,
+    "dots": functools.partial(
+        jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": jax.checkpoint,
+}
 
 
 class Decoder(nnx.Module):
@@ -60,9 +71,9 @@ def logical_axes(config: ModelConfig) -> Params:
     return _pure(axes)
 
 
-def stack_layers(params: Params, stack=jnp.stack) -> Params:
+def stack_layers(params: Params) -> Params:
     """Turns a tuple of layers into one dict of arrays with a leading axis L."""
-    stacked = jax.tree.map(lambda *leaves: stack(leaves), *params["layers"])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params["layers"])
     return {**params, "layers": stacked}
 
 
@@ -91,12 +102,42 @@ def apply(
     Returns:
       Next-token logits [B, T, V] float32, and the cache with the new tokens written.
     """
+    x, cache = hidden_states(config, params, tokens, positions, cache, place)
+    return unembed(config, params, x, place), cache
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: KVCache | None = None,
+    place: Placement = LOCAL,
+    segments: jax.Array | None = None,
+    remat: str = "none",
+) -> tuple[jax.Array, KVCache | None]:
+    """`apply` up to the last layer.
+
+    Args:
+      config, params, tokens, positions, cache, place: as in `apply`.
+      segments: [B, T] int32; tokens see only those of their own segment. Without a cache only.
+      remat: key of REMAT, what the backward pass computes again; static under jit.
+
+    Returns:
+      [B, T, D], for `unembed`, and the cache.
+    """
     with jax.named_scope("embed"):
         x = params["embedding"][tokens]
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = place.constrain(x, ("batch", None, "act_embed"))
-    x, cache = _run_layers(config, params["layers"], x, positions, cache, place)
+    return _run_layers(config, params["layers"], x, positions, cache, place, segments, REMAT[remat])
+
+
+def unembed(
+    config: ModelConfig, params: Params, x: jax.Array, place: Placement = LOCAL
+) -> jax.Array:
+    """Logits [B, T, V] float32 of hidden states [B, T, D]."""
     with jax.named_scope("head"):
         x = rms_norm(x, params["final_norm"], config)
         if config.tied_head:
@@ -105,7 +146,7 @@ def apply(
             head, spec = params["head"], "BTD,DV->BTV"
         logits = jnp.einsum(spec, x, head, preferred_element_type=jnp.float32)
         logits = softcap(logits, config.final_softcap)
-        return place.constrain(logits, ("batch", None, "vocab")), cache
+        return place.constrain(logits, ("batch", None, "vocab"))
 
 
 def _run_layers(
@@ -115,17 +156,23 @@ def _run_layers(
     positions: jax.Array,
     cache: KVCache | None,
     place: Placement,
+    segments: jax.Array | None,
+    remat: Callable[[Callable], Callable],
 ) -> tuple[jax.Array, KVCache | None]:
     length = x.shape[1]
     slots = length if cache is None else jax.tree.leaves(cache.keys)[0].shape[-3]
     index = jnp.arange(length)[None] if cache is None else positions
     # How many slots back each key lies: [B or 1, T, S].
     distance = index[:, :, None] - jnp.arange(slots)[None, None, :]
+    visible = distance >= 0
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
     cos, sin = _rope_angles(config, positions)
     block = _block_graph(config)
 
+    @remat
     def run(layer, x, kv, window, angles):
-        mask = (distance >= 0) & (distance < window)
+        mask = visible & (distance < window)
         return nnx.merge(block, layer)(x, angles, mask, kv, positions[:, 0], place)
 
     if isinstance(layers, tuple):

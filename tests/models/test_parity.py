@@ -36,7 +36,7 @@ UNROLLED_AND_SCANNED = [pytest.param(name, False, id=name) for name in FAMILIES]
 def parameters(reference: Reference, *, stacked: bool, dtype=np.float32) -> Params:
     """Made in numpy, which compiles nothing."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), reference.params)
-    return jax.device_put(stack_layers(params, np.stack) if stacked else params)
+    return jax.device_put(stack_layers(params) if stacked else params)
 
 
 def empty_cache(reference: Reference, batch: int, slots: int, *, stacked: bool) -> kv.KVCache:
