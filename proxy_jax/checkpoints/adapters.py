@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from proxy_jax.checkpoints.names import Tensor, tensors
 from proxy_jax.checkpoints.safetensors import read_json
@@ -18,6 +20,7 @@ from proxy_jax.models.decoder import Params
 from proxy_jax.models.lora import attach
 from proxy_jax.sharding import Placement
 
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What a config must say for the adapter to be scale * A B on linear layers, and nothing else.
 _REQUIRED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -48,9 +51,9 @@ def with_adapter(
     """
     settings = _read_config(path)
     rank = settings["r"]
-    stored = _read_tensors(path / "adapter_model.safetensors")
+    stored = _read_tensors(path / _WEIGHTS)
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
-    for tensor in _lora_tensors(config, rank):
+    for tensor in lora_tensors(config, rank):
         if tensor.name not in stored:
             continue
         array = stored.pop(tensor.name)
@@ -75,8 +78,83 @@ def with_adapter(
     return attach(params, {"layers": tree}, settings["lora_alpha"] / rank)
 
 
+def save_adapter(
+    path: Path,
+    config: ModelConfig,
+    adapter: Any,
+    rank: int,
+    lora_alpha: float,
+    base: str,
+    dropout: float = 0.0,
+) -> None:
+    """Writes an adapter as PEFT does; `with_adapter` and PeftModel.from_pretrained read it.
+
+    Args:
+      path: the directory, created if need be.
+      config: of the model that is adapted.
+      adapter: {"layers": ...}, a tree like the model's params, layers stacked or not, that has
+        {"a": [in..., R], "b": [R, out...]} in place of the adapted weights and nothing in place
+        of the others. Stored in its own dtype.
+      rank: R.
+      lora_alpha: scale * R.
+      base: path or hub id of the adapted model, for those who load the adapter by itself.
+      dropout: what the adapter was trained with; told to those who train it further.
+
+    Raises:
+      InputError: the directory already holds an adapter, or the adapter does not fit the model or
+        the rank; names the tensor.
+    """
+    if any((path / file).exists() for file in (_CONFIG, _WEIGHTS)):
+        raise InputError(f"{path}: already holds an adapter; save into another directory")
+    layers = adapter["layers"]
+    stacked = isinstance(layers, dict)
+    stored, modules = {}, set()
+    for tensor in lora_tensors(config, rank):
+        _, layer, module, weight, matrix = tensor.path
+        pair = (layers if stacked else layers[layer]).get(module, {}).get(weight)
+        if pair is None:
+            continue
+        array = np.asarray(pair[matrix][layer] if stacked else pair[matrix])
+        sizes = dict(tensor.sizes)
+        shape = tuple(sizes[letter] for letter in tensor.target)
+        if array.shape != shape:
+            raise InputError(
+                f"{path}: tensor {tensor.name} has shape {array.shape}, the model and rank "
+                f"{rank} ask for {shape}"
+            )
+        stored[tensor.name] = tensor.to_file(array)
+        modules.add(tensor.name.split(".")[-3])  # ...self_attn.q_proj.lora_A.weight
+    matrices = len(jax.tree.leaves(adapter)) * (config.num_layers if stacked else 1)
+    if len(stored) != matrices or not stored:
+        raise InputError(
+            f"{path}: {len(stored)} of the adapter's {matrices} matrices belong to linear layers "
+            f"of a {config.family} model, expected all"
+        )
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": lora_alpha,
+        "lora_dropout": dropout,
+        "target_modules": sorted(modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(stored, path / _WEIGHTS, metadata={"format": "pt"})
+    (path / _CONFIG).write_text(json.dumps(settings, indent=2))
+
+
 def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "adapter_config.json"
+    file = path / _CONFIG
     settings = read_json(file)
     for key, allowed in _REQUIRED.items():
         if settings.get(key) not in allowed:
@@ -95,7 +173,7 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{file}: not a whole safetensors file ({error})") from error
 
 
-def _lora_tensors(config: ModelConfig, rank: int) -> list[Tensor]:
+def lora_tensors(config: ModelConfig, rank: int) -> list[Tensor]:
     """A and B of every linear layer inside the blocks, as PEFT names them."""
     found = []
     for tensor in tensors(config):

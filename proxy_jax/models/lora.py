@@ -7,10 +7,24 @@ params, so the model does not know of it: a product with it is x W + scale * (x 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+# Hugging Face's name of each linear layer: where its weight is, and how many of the weight's first
+# axes are inputs.
+MODULES = {
+    "q_proj": ("attention", "q", 1),
+    "k_proj": ("attention", "k", 1),
+    "v_proj": ("attention", "v", 1),
+    "o_proj": ("attention", "o", 2),
+    "gate_proj": ("mlp", "gate", 1),
+    "up_proj": ("mlp", "up", 1),
+    "down_proj": ("mlp", "down", 1),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -23,12 +37,16 @@ class Adapted:
       a: [in..., R].
       b: [R, out...].
       scale: lora_alpha / R.
+      key: random key of dropout; None outside training.
+      dropout: share of the adapter's inputs that are set to 0.
     """
 
     weight: Any
     a: Any
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
+    key: Any = None
+    dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
 def product(spec: str, x: jax.Array, weight: jax.Array | Adapted) -> jax.Array:
@@ -47,8 +65,9 @@ def product(spec: str, x: jax.Array, weight: jax.Array | Adapted) -> jax.Array:
     into = "".join(letter for letter in w_letters if letter in x_letters)
     out = "".join(letter for letter in w_letters if letter not in x_letters)
     kept = "".join(letter for letter in x_letters if letter not in into)
+    seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
     low = jnp.einsum(
-        f"{x_letters},{into}R->{kept}R", x, weight.a, preferred_element_type=jnp.float32
+        f"{x_letters},{into}R->{kept}R", seen, weight.a, preferred_element_type=jnp.float32
     )
     high = jnp.einsum(
         f"{kept}R,R{out}->{right}",
@@ -78,6 +97,31 @@ def attach(params: Any, adapter: Any, scale: float) -> Any:
     }
 
 
+def merge(params: Any) -> Any:
+    """Adds each adapter to its weight: params of plain arrays that act as the adapted ones.
+
+    W + scale * A B is computed in float32 and rounded once, to the weight's dtype.
+
+    Args:
+      params: a model's parameters or any part of them, layers stacked or not.
+    """
+
+    def whole(weight: Any, a: Any, b: Any, scale: float) -> jax.Array:
+        a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+        change = jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+        return (jnp.asarray(weight, jnp.float32) + scale * change).astype(weight.dtype)
+
+    def replace(leaf: Any) -> Any:
+        if not is_adapted(leaf):
+            return leaf
+        # A leading axis for layers is one of weight, A and B; R is one of A and B only.
+        stacked = leaf.a.ndim + leaf.b.ndim - 2 > leaf.weight.ndim
+        run = jax.vmap(whole, in_axes=(0, 0, 0, None)) if stacked else whole
+        return run(leaf.weight, leaf.a, leaf.b, leaf.scale)
+
+    return jax.tree.map(replace, params, is_leaf=is_adapted)
+
+
 def beside_nothing(params: Any) -> Any:
     """Adapters that serve two roles at once: theirs for the first, zeros for the second.
 
@@ -100,6 +144,64 @@ def role_axes(params: Any) -> Any:
         return dataclasses.replace(leaf, weight=None, a=0, b=0) if is_adapted(leaf) else None
 
     return jax.tree.map(axes, params, is_leaf=is_adapted)
+
+
+def init_adapter(params: Any, modules: Sequence[str], rank: int, key: jax.Array) -> dict[str, Any]:
+    """A fresh adapter, which changes nothing yet: A uniform in 1 / sqrt(inputs), B zero (PEFT's).
+
+    Args:
+      params: of the base model, layers stacked or not; shapes are enough.
+      modules: Hugging Face names of the linear layers to adapt, keys of MODULES.
+      rank: R.
+      key: random key.
+
+    Returns:
+      {"layers": ...} in float32, for `attach`.
+    """
+    layers = params["layers"]
+    if isinstance(layers, tuple):
+        keys = jax.random.split(key, len(layers))
+        return {
+            "layers": tuple(
+                _init_layer(layer, modules, rank, k, 0)
+                for layer, k in zip(layers, keys, strict=True)
+            )
+        }
+    return {"layers": _init_layer(layers, modules, rank, key, 1)}
+
+
+def _init_layer(
+    layer: Any, modules: Sequence[str], rank: int, key: jax.Array, lead: int
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for module, own in zip(modules, jax.random.split(key, len(modules)), strict=True):
+        part, name, inputs = MODULES[module]
+        shape = layer[part][name].shape
+        stacked, into, out = shape[:lead], shape[lead : lead + inputs], shape[lead + inputs :]
+        bound = 1 / math.sqrt(math.prod(into))
+        found.setdefault(part, {})[name] = {
+            "a": jax.random.uniform(own, (*stacked, *into, rank), minval=-bound, maxval=bound),
+            "b": jnp.zeros((*stacked, rank, *out)),
+        }
+    return found
+
+
+def with_dropout(params: Any, rate: float, key: jax.Array) -> Any:
+    """Gives every adapter of the params a dropout rate and a random key of its own."""
+    layers = params["layers"]
+    stacked = isinstance(layers, dict)
+    leaves, structure = jax.tree.flatten(params, is_leaf=is_adapted)
+    for i, leaf in enumerate(leaves):
+        if is_adapted(leaf):
+            own = jax.random.fold_in(key, i)
+            own = jax.random.split(own, leaf.a.shape[0]) if stacked else own
+            leaves[i] = dataclasses.replace(leaf, key=own, dropout=rate)
+    return jax.tree.unflatten(structure, leaves)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def is_adapted(leaf: Any) -> bool:

@@ -1,0 +1,1 @@
+"""Training the small experts: data, optimiser, step, export, and the program that joins them."""

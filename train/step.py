@@ -1,0 +1,185 @@
+"""The compiled training step: loss, gradients, update.
+
+Letters: A micro-batches of a step, B rows, T tokens, V vocabulary, D model width.
+
+A batch is a dict of arrays [A, B, T]: "tokens", "targets" (the next token of the same example),
+"weights" (1 where the target is trained), "segments" (examples packed into one row do not see each
+other; 0 is padding) and "positions". Losses and gradients are sums over trained tokens, divided
+once by their number in the whole step: a micro-batch or a device counts as much as it has tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import Params, hidden_states, unembed
+from proxy_jax.models.lora import attach, with_dropout
+from proxy_jax.sharding import Placement
+
+Batch = dict[str, jax.Array]
+_LOSS_TOKENS = 256  # tokens a row whose logits are held at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What the compiled step is specialised to; hashable, static under jit.
+
+    Attributes:
+      model: the architecture.
+      optimizer: from train.optimizer.
+      compute_dtype: of weights and activations in the forward and backward pass; the parameters
+        that are trained stay float32.
+      remat: key of proxy_jax.models.decoder.REMAT.
+      place: mesh and rules.
+      lora_scale: lora_alpha / rank; None trains all parameters.
+      lora_dropout: of the adapter's inputs.
+    """
+
+    model: ModelConfig
+    optimizer: optax.GradientTransformation
+    compute_dtype: str
+    remat: str
+    place: Placement
+    lora_scale: float | None = None
+    lora_dropout: float = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What training changes; saved and restored as a whole.
+
+    Attributes:
+      step: scalar int32, updates made.
+      trained: float32 parameters: all of the model's, or an adapter's.
+      moments: the optimizer's state.
+      key: random key of dropout.
+    """
+
+    step: jax.Array
+    trained: Any
+    moments: Any
+    key: jax.Array
+
+
+def new_state(recipe: Recipe, trained: Any, key: jax.Array) -> TrainState:
+    """The state before the first step. The optimizer's state lies where the parameters lie."""
+    return TrainState(jnp.int32(0), trained, recipe.optimizer.init(trained), key)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(
+    recipe: Recipe, state: TrainState, frozen: Params | None, batch: Batch
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    Args:
+      recipe: static.
+      state: donated.
+      frozen: the base model's parameters, for LoRA; None when all are trained.
+      batch: [A, B, T] arrays.
+
+    Returns:
+      The new state, and scalars: "loss" (mean negative log-likelihood of the trained tokens, nats),
+      "tokens" (their number) and "grad_norm" (before clipping).
+    """
+    step_key = jax.random.fold_in(state.key, state.step)
+
+    def micro(carry, scanned):
+        index, one = scanned
+        key = jax.random.fold_in(step_key, index)
+        grad = jax.grad(loss_sum, argnums=1, has_aux=True)
+        gradients, sums = grad(recipe, state.trained, frozen, one, key)
+        return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, state.trained), (jnp.float32(0), jnp.float32(0)))
+    count = batch["tokens"].shape[0]
+    (gradients, (total, tokens)), _ = jax.lax.scan(micro, zeros, (jnp.arange(count), batch))
+    gradients = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), gradients)
+    updates, moments = recipe.optimizer.update(gradients, state.moments, state.trained)
+    trained = optax.apply_updates(state.trained, updates)
+    metrics = {
+        "loss": total / jnp.maximum(tokens, 1),
+        "tokens": tokens,
+        "grad_norm": optax.tree.norm(gradients),
+    }
+    return TrainState(state.step + 1, trained, moments, state.key), metrics
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def evaluate(
+    recipe: Recipe, trained: Any, frozen: Params | None, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of the negative log-likelihoods of a batch [B, T], and how many tokens they are of."""
+    return loss_sum(recipe, trained, frozen, batch, None)[1]
+
+
+def loss_sum(
+    recipe: Recipe, trained: Any, frozen: Params | None, batch: Batch, key: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The loss to differentiate.
+
+    Args:
+      batch: [B, T] arrays.
+      key: of dropout; None is without.
+
+    Returns:
+      Sum of -log p(target) over trained tokens, and again (that sum, the number of tokens).
+    """
+    params = model_params(recipe, trained, frozen, key)
+    x, _ = hidden_states(
+        recipe.model,
+        params,
+        batch["tokens"],
+        batch["positions"],
+        None,
+        recipe.place,
+        batch["segments"],
+        recipe.remat,
+    )
+    total = _negative_log_likelihood(recipe, params, x, batch["targets"], batch["weights"])
+    return total, (total, jnp.sum(batch["weights"]))
+
+
+def model_params(
+    recipe: Recipe, trained: Any, frozen: Params | None, key: jax.Array | None
+) -> Params:
+    """The parameters the model runs with, in the compute dtype."""
+    cast = lambda tree: jax.tree.map(lambda x: x.astype(recipe.compute_dtype), tree)  # noqa: E731
+    if recipe.lora_scale is None:
+        return cast(trained)
+    params = attach(cast(frozen), cast(trained), recipe.lora_scale)
+    if key is None or not recipe.lora_dropout:
+        return params
+    return with_dropout(params, recipe.lora_dropout, key)
+
+
+def _negative_log_likelihood(
+    recipe: Recipe, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Summed over [B, T]; logits [B, T, V] are never held as a whole, forward or backward."""
+    batch, length, _ = x.shape
+    held = min(length, _LOSS_TOKENS)
+    padding = [(0, 0), (0, -length % held)]
+    x = jnp.pad(x, [*padding, (0, 0)])
+    targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
+    pieces = x.shape[1] // held
+    split = lambda a: a.reshape(batch, pieces, held, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
+
+    @jax.checkpoint
+    def piece(total, scanned):
+        x, targets, weights = scanned
+        logits = unembed(recipe.model, params, x, recipe.place)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+        return total + jnp.sum(losses * weights), None
+
+    total, _ = jax.lax.scan(piece, jnp.float32(0), (split(x), split(targets), split(weights)))
+    return total
