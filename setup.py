@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",  # frozen dataclasses with slots of typing, hashlib.file_digest
-    packages=find_packages(include=["proxy_jax*", "decode*", "configs*"]),
+    packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
     py_modules=["launch"],
     install_requires=[
         f"jax{JAX}",
@@ -25,6 +25,11 @@ setup(
         "jinja2>=3.1",  # chat templates
         "ml-collections>=1.1,<2",  # config flags
         "absl-py>=2.1",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves between releases
+        "grain>=0.2.15,<0.3",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
         "numpy>=2",
         "tqdm>=4.66",
     ],
@@ -32,7 +37,7 @@ setup(
         "cpu": [f"jax[cpu]{JAX}"],
         "cuda": [f"jax[cuda13]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
-        "eval": ["lm-eval>=0.4.9,<0.5", "datasets>=3", "matplotlib>=3.9"],
+        "eval": ["lm-eval>=0.4.9,<0.5", "datasets>=3"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

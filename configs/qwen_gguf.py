@@ -14,6 +14,7 @@ def get_config():
     config.expert.path = f"{_MODELS}/qwen2.5-coder-0.5b-instruct.gguf"
     config.expert.template = "[INST] {prompt} [/INST]"
     config.antiexpert.path = f"{_MODELS}/qwen2.5-coder-0.5b-instruct.gguf"
+    config.plan = "shared"  # M+ and M- differ only by their prompts
     for role in ("base", "expert", "antiexpert"):
         config[role].dtype = "float32"
     return config

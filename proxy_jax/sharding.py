@@ -110,6 +110,9 @@ class Placement:
 
 LOCAL = Placement()
 
+# In training the batch is large and weights are gathered for it: both data and fsdp cut the batch.
+TRAINING = ShardingRules(batch=("data", "fsdp"), act_embed=None)
+
 
 def is_axes(leaf: Any) -> bool:
     """Whether a leaf of a tree is a tuple of logical axis names."""

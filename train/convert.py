@@ -42,7 +42,7 @@ def triviaqa(path: Path) -> list[PromptCompletion]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error})") from error
     questions = content.get("Data") if isinstance(content, dict) else None
     if not isinstance(questions, list) or not questions:

@@ -199,7 +199,7 @@ def text_field(fields: dict[str, Any], name: str, where: str) -> str:
 def _json_object(line: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")

@@ -71,7 +71,13 @@ class TrainState:
 
 def new_state(recipe: Recipe, trained: Any, key: jax.Array) -> TrainState:
     """The state before the first step. The optimizer's state lies where the parameters lie."""
-    return TrainState(jnp.int32(0), trained, recipe.optimizer.init(trained), key)
+    moments = optax.tree_map_params(
+        recipe.optimizer,
+        lambda moment, parameter: jax.device_put(moment, parameter.sharding),
+        recipe.optimizer.init(trained),
+        trained,
+    )
+    return TrainState(jnp.int32(0), trained, moments, key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

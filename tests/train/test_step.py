@@ -1,5 +1,7 @@
 """Twenty training steps against a loop in torch, transformers and peft."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -46,7 +48,7 @@ def batches():
 def torch_losses(model):
     """The plain loop: gradients of the mean over all trained tokens of a step."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for n, p in trained if "norm" not in n and "bias" not in n]},
         {"params": [p for n, p in trained if "norm" in n or "bias" in n], "weight_decay": 0.0},
     ]
@@ -156,7 +158,7 @@ def test_packed_examples_do_not_see_each_other(build):
     rng = np.random.default_rng(1)
     lengths = (4, 9)
     apart = []
-    parts = []
+    parts: list[dict[str, Any]] = []
     for length in lengths:
         tokens = rng.integers(3, 100, length + 1).astype(np.int32)
         part = {
@@ -218,11 +220,12 @@ def test_dropout(build):
 
 
 def test_schedules_equal_transformers():
-    for name, build in {
+    builders: dict[str, Any] = {
         "linear": transformers.get_linear_schedule_with_warmup,
         "cosine": transformers.get_cosine_schedule_with_warmup,
         "constant": transformers.get_constant_schedule_with_warmup,
-    }.items():
+    }
+    for name, build in builders.items():
         config = OptimizerConfig(learning_rate=0.5, schedule=name, warmup_ratio=0.13)
         weight = torch.nn.Parameter(torch.zeros(1))
         optimizer = torch.optim.SGD([weight], lr=0.5)

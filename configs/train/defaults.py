@@ -1,0 +1,72 @@
+"""Every field of a training config, with its default. Configs start here and set what differs."""
+
+from ml_collections import ConfigDict
+
+
+def sft() -> ConfigDict:
+    """What train.sft reads; an unknown field is an error."""
+    config = ConfigDict()
+
+    # The model to tune, M-: a Hugging Face directory, GGUF file, or hub id.
+    config.base = ""
+
+    # The data: a JSONL file or hub data set. format: prompt_completion, messages or text.
+    config.data = ConfigDict(
+        {"path": "", "subset": "", "split": "train", "format": "prompt_completion", "limit": 0}
+    )
+    config.held_out = 0  # rows at the end that are measured on, never trained on
+    config.max_length = 2048  # tokens of an example and of a row
+    config.packing = True  # several examples share a row; they do not see each other
+
+    # LoRA on these linear layers; rank 0 trains all parameters.
+    config.lora = ConfigDict(
+        {
+            "rank": 0,
+            "alpha": 16.0,
+            "dropout": 0.0,
+            "modules": (
+                "q_proj",
+                "k_proj",
+                "v_proj",
+                "o_proj",
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+            ),
+        }
+    )
+
+    # AdamW, see train/optimizer.py.
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 2e-5,
+            "schedule": "linear",
+            "warmup_ratio": 0.03,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "b1": 0.9,
+            "b2": 0.999,
+            "eps": 1e-8,
+        }
+    )
+    config.epochs = 2
+    config.batch_size = 128  # rows of a step
+    config.accumulate = 1  # micro-batches they are cut into
+    config.compute_dtype = "bfloat16"  # of the passes; what is trained stays float32
+    config.remat = "none"  # what the backward pass computes again: none, dots, full
+    config.seed = 0
+
+    # The run.
+    config.log_every = 1
+    config.eval_every = 0  # steps between two measurements on the held-out rows; 0 is at the end
+    config.checkpoint_every = 100
+    config.keep = 2
+    config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # one may be -1
+    config.replicate = ()  # logical axes not to split
+    config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
+    config.distributed = False
+
+    # The output: checkpoints, metrics.jsonl, loss.png, and the expert as a Hugging Face directory.
+    config.output_dir = ""
+    config.export_dtype = "bfloat16"
+    return config.lock()
