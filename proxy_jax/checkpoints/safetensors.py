@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from proxy_jax.checkpoints.names import canonical, tensors
+from proxy_jax.checkpoints.names import Tensor, canonical, tensors
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -134,26 +135,17 @@ def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = Non
     path.mkdir(parents=True, exist_ok=True)
     if any(path.glob("*.safetensors")):
         raise InputError(f"{path}: already holds weights; export into another directory")
-    shards: list[dict[str, np.ndarray]] = [{}]
-    room = _SHARD_BYTES
-    for tensor in tensors(config):
-        leaf: Any = params
-        for key in tensor.path:
-            leaf = leaf[key]
-        array = tensor.to_file(np.asarray(leaf))
-        if array.nbytes > room and shards[-1]:
-            shards.append({})
-            room = _SHARD_BYTES
-        room -= array.nbytes
-        shards[-1][tensor.name] = array
+    itemsize = params["embedding"].dtype.itemsize
+    shards = _into_shards(tensors(config), itemsize)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = [_WHOLE]
     for file, shard in zip(files, shards, strict=True):
-        save_file(shard, path / file, metadata={"format": "pt"})
+        arrays = {tensor.name: tensor.to_file(_leaf(params, tensor.path)) for tensor in shard}
+        save_file(arrays, path / file, metadata={"format": "pt"})
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        size = sum(array.nbytes for shard in shards for array in shard.values())
+        where = {t.name: file for file, shard in zip(files, shards, strict=True) for t in shard}
+        size = sum(math.prod(t.source_shape) * itemsize for shard in shards for t in shard)
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (path / _INDEX).write_text(json.dumps(index, indent=2))
     hf = config_to_hf(config) | {"torch_dtype": str(params["embedding"].dtype)}
@@ -163,6 +155,26 @@ def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = Non
     if tokenizer is not None:
         tokenizer.save_pretrained(path)
     (path / "config.json").write_text(json.dumps(hf, indent=2))
+
+
+def _into_shards(table: list[Tensor], itemsize: int) -> list[list[Tensor]]:
+    """Consecutive tensors, as many as fit in each file."""
+    shards: list[list[Tensor]] = [[]]
+    room = _SHARD_BYTES
+    for tensor in table:
+        size = math.prod(tensor.source_shape) * itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = _SHARD_BYTES
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _leaf(params: Any, path: tuple[str | int, ...]) -> np.ndarray:
+    for key in path:
+        params = params[key]
+    return np.asarray(params)
 
 
 def read_json(path: Path) -> dict[str, Any]:
