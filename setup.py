@@ -13,7 +13,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",  # frozen dataclasses with slots of typing, hashlib.file_digest
+    python_requires=">=3.11",  # hashlib.file_digest
     packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
     py_modules=["launch"],
     install_requires=[

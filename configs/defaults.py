@@ -57,5 +57,5 @@ def decoding() -> ConfigDict:
     # The output.
     config.output_dir = ""
     config.save_token_ids = False
-    config.overwrite = False
+    config.overwrite = False  # replaces the output of another job; the same job goes on
     return config.lock()

@@ -35,11 +35,17 @@ def main(config: ConfigDict) -> None:
     requests, contexts = job.job_requests(trio, options, rows)
     trio.check_placement(place)
     place.check_divides("batch", options.batch_size, "batch_size")
-    passes = trio.passes(config.plan)
-    estimate = memory.estimate(trio, passes, place, options.batch_size, contexts)
+    passes = trio.passes(job.plan(config))
+    estimate = memory.estimate(
+        trio, passes, place, options.batch_size, contexts, options.max_new_tokens
+    )
     print_memory(estimate, contexts, len(requests), options.batch_size)
     estimate.check()
-    print("\nready")
+    if all(member.checkpoint.at_hand for member in trio.members.values()):
+        trio.check_weights()
+        print("\nready")
+    else:
+        print("\nready, once the weights are downloaded")
 
 
 def print_models(trio: Trio) -> None:
@@ -92,6 +98,7 @@ def print_memory(
         )
     have = "unknown" if estimate.available is None else f"{estimate.available / gib:.2f} GiB"
     print(f"  logits     {estimate.logits / gib:.2f} GiB")
+    print(f"  prefill    {estimate.prefill / gib:.2f} GiB, before the logits")
     print(f"  total      {estimate.total / gib:.2f} GiB of {have}")
 
 

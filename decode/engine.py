@@ -146,7 +146,7 @@ def step(
         combined = _combined(logits, rows, settings)
         combined = process(combined, settings.processors, rows.recent, rows.seen, rows.generated)
         failures = [~jnp.all(jnp.isfinite(s), axis=-1) for s in logits.values()]
-        failures.append(jnp.max(combined, axis=-1) == -jnp.inf)
+        failures.append(~jnp.isfinite(jnp.max(combined, axis=-1)))
     with jax.named_scope("draw"):
         # The position, in M's context, of the token to be drawn.
         positions = state.caches[0].lengths + 1

@@ -42,9 +42,12 @@ def main(config: ConfigDict) -> None:
     trio = open_trio(specs)
     requests, contexts = job.job_requests(trio, options, rows)
     trio.check_placement(place)
+    trio.check_weights()
     place.check_divides("batch", options.batch_size, "batch_size")
-    passes = trio.passes(config.plan)
-    memory.estimate(trio, passes, place, options.batch_size, contexts).check()
+    passes = trio.passes(job.plan(config))
+    memory.estimate(
+        trio, passes, place, options.batch_size, contexts, options.max_new_tokens
+    ).check()
 
     with contextlib.closing(open_output(config)) as output:
         waiting = [request for request in requests if request.row not in output.done]
@@ -76,7 +79,7 @@ def main(config: ConfigDict) -> None:
 def open_output(config: ConfigDict) -> OutputFile:
     """The output file; the first process writes it, the others read what is done."""
     inputs = {"prompts": digest(Path(os.path.expandvars(config.prompts.path)).expanduser())}
-    directory = Path(config.output_dir).expanduser()
+    directory = Path(os.path.expandvars(config.output_dir)).expanduser()
     job_config = config.to_dict()
     if jax.process_count() == 1:
         return OutputFile(directory, job_config, inputs)
@@ -115,7 +118,7 @@ def load_with_progress(
     """Loads the weights under a progress bar."""
     sizes = {
         trio.tree_key(one): len(trio.tree_key(one)[0]) * memory.parameters(one.config)
-        for one in trio.passes(config.plan)
+        for one in trio.passes(job.plan(config))
     }
     with tqdm(
         total=sum(sizes.values()),
@@ -125,7 +128,7 @@ def load_with_progress(
         disable=not _first_process(),
     ) as bar:
         return load_trio(
-            trio, plan=config.plan, place=place, stacked_layers=stacked, progress=bar.update
+            trio, plan=job.plan(config), place=place, stacked_layers=stacked, progress=bar.update
         )
 
 

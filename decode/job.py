@@ -16,7 +16,7 @@ from decode.scheduler import longest_contexts, make_requests
 from proxy_jax.errors import InputError
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from proxy_jax.tokenization import Prompt
-from proxy_jax.trio import ROLES, ModelSpec, Role, Trio
+from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,11 @@ def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:
     if config.method not in specs:
         raise InputError(f"method is {config.method!r}, but {config.method}.path is empty")
     return {"base": specs[config.method]}
+
+
+def plan(config: ConfigDict) -> Plan:
+    """The config's plan; one model alone has none."""
+    return config.plan if config.method == "proxy" else "separate"
 
 
 def options(config: ConfigDict) -> Options:
@@ -127,6 +132,8 @@ def read_prompts(config: ConfigDict) -> list[PromptRow]:
     prompts = config.prompts
     if not prompts.path:
         raise InputError("prompts.path is empty: which JSONL file holds the prompts?")
+    if prompts.limit < 0:
+        raise InputError(f"prompts.limit must be at least 0, not {prompts.limit}")
     path = Path(os.path.expandvars(prompts.path)).expanduser()
     rows: list[PromptRow] = []
     try:
@@ -185,15 +192,16 @@ def _prompt_row(config: ConfigDict, where: str, number: int, line: str) -> Promp
         text = field(prompts.field)
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where}: the prompt is {'empty' if text == '' else repr(text)[:40]}")
+    name = field(prompts.id_field) if prompts.id_field else None
     try:
-        text.encode()
+        json.dumps([text, name], ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise InputError(f"{where}: the prompt is not valid Unicode ({error.reason})") from error
+        raise InputError(f"{where}: not valid Unicode ({error.reason})") from error
     alpha = field(config.alpha_field) if config.alpha_field else None
     return PromptRow(
         line=number,
         prompt=Prompt(text, config.system_prompt, config.response_prefix),
-        id=field(prompts.id_field) if prompts.id_field else None,
+        id=name,
         alpha=None if alpha is None else as_schedule(alpha, f"{where}: {config.alpha_field}"),
     )
 

@@ -6,11 +6,12 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from decode.scheduler import cache_slots
+from decode.scheduler import bucket, cache_slots, prefill_rows
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import abstract_params, logical_axes
@@ -27,18 +28,21 @@ class Estimate:
     Attributes:
       weights, caches: by role.
       logits: float32 logits of all roles and the arithmetic on them.
+      prefill: float32 attention scores of the longest prompt, of the pass that needs most.
       available: bytes the device has; None if it does not say.
     """
 
     weights: Mapping[str, int]
     caches: Mapping[str, int]
     logits: int
+    prefill: int
     available: int | None
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(self.weights.values()) + sum(self.caches.values()) + self.logits
+        working = max(self.logits, self.prefill)  # one after the other
+        return sum(self.weights.values()) + sum(self.caches.values()) + working
 
     def check(self) -> None:
         """Refuses a job that does not fit.
@@ -50,14 +54,20 @@ class Estimate:
             raise InputError(
                 f"the job needs about {self.total / GIB:.1f} GiB a device "
                 f"(weights {sum(self.weights.values()) / GIB:.1f}, "
-                f"caches {sum(self.caches.values()) / GIB:.1f}, logits {self.logits / GIB:.1f}), "
+                f"caches {sum(self.caches.values()) / GIB:.1f}, logits {self.logits / GIB:.1f}, "
+                f"prefill {self.prefill / GIB:.1f}), "
                 f"and {self.available / GIB:.1f} GiB are there; use a smaller dtype, batch or "
                 "max_new_tokens, or a larger mesh"
             )
 
 
 def estimate(
-    trio: Trio, passes: Sequence[Pass], place: Placement, batch: int, contexts: Mapping[str, int]
+    trio: Trio,
+    passes: Sequence[Pass],
+    place: Placement,
+    batch: int,
+    contexts: Mapping[str, int],
+    new_tokens: int,
 ) -> Estimate:
     """Memory of a decoding job.
 
@@ -66,9 +76,10 @@ def estimate(
       passes: of its plan.
       place: mesh and rules.
       batch: slots.
-      contexts: longest context by role.
+      contexts: longest context by role, new tokens included.
+      new_tokens: most new tokens a row.
     """
-    weights, caches, logits, loaded = {}, {}, 0, set()
+    weights, caches, logits, prefill, loaded = {}, {}, 0, 0, set()
     rows = batch / place.split("batch")
     for one in passes:
         config, itemsize = one.config, jnp.dtype(one.dtype).itemsize
@@ -80,7 +91,12 @@ def estimate(
             caches[role] = int(rows * cache_slots(one, contexts) * token)
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))
-    return Estimate(weights, caches, 2 * logits, _available(place))
+        length = bucket(max(contexts[role] for role in one.roles) - new_tokens)
+        prompts = max(1, prefill_rows(length, batch) // place.split("batch")) * len(one.roles)
+        heads = config.num_heads // place.split("heads")
+        # Scores and their softmax.
+        prefill = max(prefill, 2 * prompts * heads * length * length * 4)
+    return Estimate(weights, caches, 2 * logits, prefill, _available(place))
 
 
 def parameters(config: ModelConfig, place: Placement | None = None) -> int:
@@ -102,6 +118,9 @@ def _available(place: Placement) -> int | None:
     device = place.mesh.local_devices[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    # CPU devices share the machine's memory.
+    # CPU devices share the machine's memory, or what a container may use of it.
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdigit():
+        memory = min(memory, int(limit.read_text()))
     return memory // len(place.mesh.local_devices)

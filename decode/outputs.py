@@ -58,9 +58,6 @@ class OutputFile:
             raise InputError(f"output_dir {directory}: {error.strerror}") from error
         if write:
             self._lock()
-        if config.get("overwrite") and write:
-            self._file.truncate(0)
-            self._manifest.unlink(missing_ok=True)
         self._started = time.time()
         self._content = self._resume_manifest(config, inputs)
         self.done = self._recover()
@@ -117,7 +114,10 @@ class OutputFile:
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise InputError(f"{self._manifest}: not a manifest of a job") from error
             changed = _difference(before[0], resolved) or _difference(before[1], inputs)
-            if changed:
+            if changed and config.get("overwrite") and self._write:
+                self._file.truncate(0)
+                content = {"config": resolved, "inputs": inputs, "runs": []}
+            elif changed:
                 raise InputError(
                     f"{self.path.parent}: made by another job ({changed}); choose another "
                     "output_dir, or set overwrite=True"

@@ -35,8 +35,6 @@ class Options:
       repetition_penalty: 1 is none.
       eos_ids: ids that end a text; by default those the models' configs and tokenizers name.
       chunk_steps: steps between two looks of the host.
-      prefill_tokens: tokens that one prefill runs at least, by putting short prompts together;
-        by default 128 on CPU and 1024 elsewhere.
     """
 
     batch_size: int = 8
@@ -54,7 +52,6 @@ class Options:
     repetition_penalty: float = 1.0
     eos_ids: tuple[int, ...] | None = None
     chunk_steps: int = 16
-    prefill_tokens: int | None = None
 
     def __post_init__(self):
         for field in ("batch_size", "max_new_tokens", "samples", "chunk_steps"):
@@ -62,8 +59,12 @@ class Options:
                 raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
         if self.min_new_tokens < 0:
             raise InputError(f"min_new_tokens must be at least 0, not {self.min_new_tokens}")
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise InputError(f"repetition_penalty must be positive, not {self.repetition_penalty}")
+        if not math.isfinite(self.beta):
+            raise InputError(f"beta must be finite, not {self.beta}")
+        if not all(isinstance(i, int) for i in self.eos_ids or ()):
+            raise InputError(f"eos_ids must be ids, not {self.eos_ids}")
         if "" in (*self.stop, *self.banned, *self.banned_first):
             raise InputError("stop, banned and banned_first take non-empty strings")
         as_schedule(self.alpha)

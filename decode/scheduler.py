@@ -147,13 +147,13 @@ class Generator:
             if slot is not None and broken.any():
                 reasons = [
                     *(f"the logits of the {role} model became NaN or infinite" for role in roles),
-                    "bans and base_filter together exclude every token",
+                    "bans and base_filter exclude every token, or alpha and beta overflow",
                 ]
                 raise InputError(f"row {slot.request.row}: {reasons[int(np.argmax(broken))]}")
 
     def _finished(self, slot: _Slot, *, active: bool) -> Completion | None:
         ids = slot.ids
-        stop = slot.detokenizer.find_stop(ids, self.options.stop, self.options.chunk_steps)
+        stop = slot.detokenizer.find_stop(ids, self.options.stop)
         reason: FinishReason
         if stop is not None:
             count, text = stop
@@ -214,11 +214,9 @@ class Generator:
         for slot, request in arrivals.items():
             longest = max(len(request.ids[role]) - 1 for role in roles)
             buckets[min(bucket(longest), longest_bucket)].append(slot)
-        default = 128 if jax.default_backend() == "cpu" else 1024
-        budget = self.options.prefill_tokens or default
         parts = self.loaded.place.split("batch")
         for length, members in sorted(buckets.items()):
-            count = max(1, min(budget // length, self.options.batch_size))
+            count = prefill_rows(length, self.options.batch_size)
             count = -(-count // parts) * parts
             for first in range(0, len(members), count):
                 group: list[int | None] = list(members[first : first + count])
@@ -299,18 +297,25 @@ def make_requests(
       InputError: names the prompt and role that is empty or too long, or the stop string or ban
         that cannot take effect.
     """
-    _check_strings(trio, options)
+    _check_ids(trio, options)
     requests = []
     for index, prompt in enumerate(prompts):
         name = names[index] if names else f"prompt {index}"
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
         if not prompt.text.strip():
             raise InputError(f"{name}: empty prompt")
+        if prompt.system and not any(m.template.has_system for m in trio.members.values()):
+            raise InputError(f"{name}: a system prompt, but no role's template has a place for it")
         ids = trio.encode(prompt)
         for role, member in trio.members.items():
             context = member.config.max_positions
             if not ids[role]:
                 raise InputError(f"{name}: no tokens for {role}")
+            if max(ids[role]) >= member.config.vocab_size:
+                raise InputError(
+                    f"{name}: id {max(ids[role])} is beyond the {member.config.vocab_size} rows "
+                    f"of {role}"
+                )
             if len(ids[role]) + options.max_new_tokens > context:
                 raise InputError(
                     f"{name}: {len(ids[role])} tokens for {role} and {options.max_new_tokens} "
@@ -338,13 +343,26 @@ def cache_slots(one: Pass, contexts: Mapping[str, int]) -> int:
     return -(-max(contexts[role] for role in one.roles) // _CACHE_GRAIN) * _CACHE_GRAIN
 
 
+def prefill_rows(length: int, batch_size: int) -> int:
+    """Prompts of a bucket that are prefilled together.
+
+    Enough to use the device: a CPU is busy with 128 tokens; on accelerators reading the weights
+    takes as long as about a thousand tokens do.
+    """
+    tokens = 128 if jax.default_backend() == "cpu" else 1024
+    return max(1, min(tokens // length, batch_size))
+
+
 def bucket(length: int) -> int:
     """The padded length of a prompt: the next power of two, and at least 32."""
     return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def _check_strings(trio: Trio, options: Options) -> None:
-    """Refuses strings that can never take effect."""
+def _check_ids(trio: Trio, options: Options) -> None:
+    """Refuses strings and ids that can never take effect."""
+    for i in options.eos_ids or ():
+        if not 0 <= i < trio.vocabulary.size:
+            raise InputError(f"eos_ids: {i} is not one of the {trio.vocabulary.size} ids of M")
     for text in (*options.banned, *options.banned_first):
         _ids(trio, text)
     for text in options.stop:

@@ -31,7 +31,7 @@ class Rows:
       recent: [B, W] int32, the last tokens of M's context.
       seen: [B, V] bool, tokens of M's context; None without a repetition penalty.
       broken: [B, R + 1] bool, whether a model's logits were ever not finite; last, whether ever
-        every token was excluded.
+        the combined ones left nothing to draw.
     """
 
     active: jax.Array

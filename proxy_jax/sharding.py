@@ -104,7 +104,7 @@ class Placement:
         if size % parts:
             raise InputError(
                 f"{what} ({size}) does not divide by the {parts} devices of mesh axis "
-                f"{getattr(self.rules, axis)!r}; use a smaller axis or set rules.{axis} to None"
+                f"{getattr(self.rules, axis)!r}; use a smaller axis, or replicate {axis!r}"
             )
 
 

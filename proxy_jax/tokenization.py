@@ -23,7 +23,7 @@ class Vocabulary:
     Attributes:
       size: rows of the base model's output, V.
       tokens: ids of the base tokenizer; those from there to V are padding.
-      valid: [V] bool, ids that may be generated: those that are a token of the base.
+      valid: [V] bool, ids that may be generated: tokens of the base that every model can read.
       shared: [V] bool, ids that are the same token in every tokenizer.
       moved: per role, ids that are another token there than in the base tokenizer.
       absent: per role, base ids that its tokenizer lacks.
@@ -46,18 +46,16 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
       tokenizers: transformers tokenizers by role.
       sizes: rows of each model's output.
 
+    A tokenizer may have tokens that its model has no row for (of images, say): they are not valid.
+
     Raises:
-      InputError: a tokenizer with more tokens than its model has rows, or two that share too few.
+      InputError: two tokenizers that share too few ids.
     """
     base, *others = tokenizers
     words = {role: _words(tokenizer) for role, tokenizer in tokenizers.items()}
-    for role, found in words.items():
-        if len(found) > sizes[role]:
-            raise InputError(
-                f"{role}: its tokenizer has {len(found)} tokens, its model only {sizes[role]} rows"
-            )
     ours = _sized(words[base], sizes[base])
-    valid = _present(ours)
+    # What a model has no row for cannot be fed to it, so it cannot be generated.
+    valid = _present(ours) & (np.arange(sizes[base]) < min(sizes.values()))
     shared, tokens = valid, int(valid.sum())
     moved, absent = {}, {}
     for role in others:
@@ -76,12 +74,12 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
         shared = shared & same
     return Vocabulary(
         size=sizes[base],
-        tokens=len(words[base]),
+        tokens=min(len(words[base]), sizes[base]),
         valid=valid,
         shared=shared,
         moved=moved,
         absent=absent,
-        padding={role: sizes[role] - len(found) for role, found in words.items()},
+        padding={role: max(0, sizes[role] - len(found)) for role, found in words.items()},
     )
 
 
@@ -125,7 +123,7 @@ class Template:
       spec: "raw", the text and response prefix as they are; "chat", the chat template of the
         role's own tokenizer; "reference", what the published implementation feeds a chat expert
         (Llama-2's format, its quirks included); or a format string with {prompt} and, if wanted,
-        {system} and {response_prefix}.
+        {system} and {response_prefix}, which otherwise ends the text.
 
     Raises:
       InputError: a format string without {prompt} or with another field.
@@ -148,6 +146,11 @@ class Template:
                 f"template {self.spec!r} is not raw, chat, reference or a format string with "
                 "{prompt} and optionally {system} and {response_prefix}"
             )
+
+    @property
+    def has_system(self) -> bool:
+        """Whether there is a place for a system prompt."""
+        return self.spec in ("chat", "reference") or "{system}" in self.spec
 
     def encode(self, prompt: Prompt, tokenizer: Any, own_tokenizer: Any, role: str) -> list[int]:
         """The ids that a role reads.
@@ -179,9 +182,10 @@ class Template:
             return prompt.text + prompt.response_prefix
         if self.spec == "reference":
             return _reference(prompt, tokenizer)
-        return self.spec.format(
+        text = self.spec.format(
             prompt=prompt.text, system=prompt.system, response_prefix=prompt.response_prefix
         )
+        return text if "{response_prefix}" in self.spec else text + prompt.response_prefix
 
 
 def _chat(prompt: Prompt, tokenizer: Any, role: str) -> str:

@@ -9,8 +9,15 @@ from typing import Any, Literal
 
 import jax
 
-from proxy_jax.checkpoints.adapters import with_adapter
-from proxy_jax.checkpoints.loading import Checkpoint, Progress, load_params, open_checkpoint
+from proxy_jax.checkpoints.adapters import read_adapter, with_adapter
+from proxy_jax.checkpoints.loading import (
+    Checkpoint,
+    Progress,
+    check_tensors,
+    load_params,
+    open_checkpoint,
+)
+from proxy_jax.checkpoints.names import tensors
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -150,6 +157,20 @@ class Trio:
         """What a pass's weights come from; passes with equal keys share them."""
         paths = tuple(self.members[role].spec.path for role in one.roles)
         return paths[:1] if one.shared else paths, one.dtype
+
+    def check_weights(self) -> None:
+        """Compares every checkpoint's tensors with its config, and reads the adapters.
+
+        Looks at names and shapes only. Weights of the hub are downloaded.
+
+        Raises:
+          InputError: names the file and tensor.
+        """
+        for member in self.members.values():
+            table = tensors(member.config)
+            check_tensors(member.checkpoint, table, tied=member.config.tied_head)
+            if member.spec.adapter:
+                read_adapter(Path(member.spec.adapter).expanduser(), member.config)
 
     def check_placement(self, place: Placement) -> None:
         """Refuses a mesh that does not divide the models' dimensions."""

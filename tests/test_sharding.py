@@ -80,7 +80,11 @@ def test_arrays_lie_where_the_table_says():
     ("mesh", "rules", "message"),
     [
         ({"fsdp": 5}, {}, r"M: model width \(32\) does not divide by the 5 devices of mesh axis"),
-        ({"tensor": 4}, {}, r"M: kv heads \(2\) .* 4 devices of mesh axis 'tensor'; .*rules.kv_h"),
+        (
+            {"tensor": 4},
+            {},
+            r"M: kv heads \(2\) .* 4 devices of mesh axis 'tensor'; .*replicate 'kv_h",
+        ),
         ({"tensor": 8}, {"kv_heads": None}, r"M: query heads \(4\) .* 'tensor'"),
         ({"tensor": 5}, {"kv_heads": None, "heads": None}, r"M: mlp width \(48\)"),
         ({"data": 7}, {"vocab": "data"}, r"M: vocabulary \(96\) .* 7 devices of mesh axis 'data'"),

@@ -75,10 +75,13 @@ def test_another_tokenizer_is_refused():
 
 
 def test_tokenizer_larger_than_its_model():
-    with pytest.raises(
-        InputError, match="expert: its tokenizer has 300 tokens, its model only 290"
-    ):
-        align({"base": make_tokenizer(), "expert": make_tokenizer()}, {"base": 300, "expert": 290})
+    """An id that a model has no row for can be read by nobody, so it is never generated."""
+    found = align(
+        {"base": make_tokenizer(), "expert": make_tokenizer()}, {"base": 296, "expert": 290}
+    )
+    assert found.valid.tolist() == [True] * 290 + [False] * 6
+    assert found.padding == {"base": 0, "expert": 0}
+    assert found.tokens == 296
 
 
 QUESTION = "Question: how many apples are left?\n"
@@ -90,6 +93,7 @@ QUESTION = "Question: how many apples are left?\n"
         ("raw", Prompt(QUESTION, "Be kind.", "Answer:"), QUESTION + "Answer:"),
         ("raw", Prompt("one {two}"), "one {two}"),
         ("[INST] {prompt} [/INST]", Prompt("one {two}"), "[INST] one {two} [/INST]"),
+        ("[INST] {prompt} [/INST]", Prompt("one", "", " A:"), "[INST] one [/INST] A:"),
         (
             "S: {system} U: {prompt} A: {response_prefix}",
             Prompt("one", "two", "three"),

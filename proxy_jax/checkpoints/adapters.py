@@ -31,6 +31,9 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "modules_to_save": ([], None),
+    "alora_invocation_tokens": (None,),
+    # The others change the base model's weights, too.
+    "init_lora_weights": (True, False, None, "gaussian"),
 }
 
 
@@ -45,6 +48,21 @@ def with_adapter(
       config: the base model's.
       dtype: of the adapter's matrices.
       place: the mesh and rules.
+
+    Raises:
+      InputError: an adapter of another kind or for another model; names the key or tensor.
+    """
+    layers, scale = read_adapter(path, config)
+    layers = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), layers)
+    stacked = isinstance(params["layers"], dict)
+    tree: Any = jax.tree.map(lambda *x: np.stack(x), *layers) if stacked else tuple(layers)
+    # Small: every device holds all of it.
+    tree = jax.tree.map(lambda x: jax.device_put(x, place.sharding((None,) * x.ndim)), tree)
+    return attach(params, {"layers": tree}, scale)
+
+
+def read_adapter(path: Path, config: ModelConfig) -> tuple[list[dict[str, Any]], float]:
+    """Reads and checks an adapter: its matrices by layer, as stored, and the scale alpha / R.
 
     Raises:
       InputError: an adapter of another kind or for another model; names the key or tensor.
@@ -64,18 +82,14 @@ def with_adapter(
             )
         _, layer, module, weight, matrix = tensor.path
         target = layers[int(layer)].setdefault(str(module), {}).setdefault(weight, {})
-        target[matrix] = np.asarray(tensor.to_ours(array), jnp.dtype(dtype))
+        target[matrix] = tensor.to_ours(array)
     if stored:
         raise InputError(f"{path}: tensor {min(stored)} adapts nothing in a {config.family} model")
     kinds = {jax.tree.structure(layer) for layer in layers}
     whole = all({"a", "b"} == set(pair) for m in layers[0].values() for pair in m.values())
     if len(kinds) != 1 or not layers[0] or not whole:
         raise InputError(f"{path}: the same matrices, A and B, must be adapted in every layer")
-    stacked = isinstance(params["layers"], dict)
-    tree: Any = jax.tree.map(lambda *x: np.stack(x), *layers) if stacked else tuple(layers)
-    # Small: every device holds all of it.
-    tree = jax.tree.map(lambda x: jax.device_put(x, place.sharding((None,) * x.ndim)), tree)
-    return attach(params, {"layers": tree}, settings["lora_alpha"] / rank)
+    return layers, settings["lora_alpha"] / rank
 
 
 def save_adapter(

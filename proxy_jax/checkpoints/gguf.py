@@ -157,6 +157,11 @@ class GGUFCheckpoint:
         return values[(slice(None), *rest)]
 
     @property
+    def at_hand(self) -> bool:
+        """Whether the weights are on disk."""
+        return True
+
+    @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text or a turn, as the metadata name them."""
         keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]

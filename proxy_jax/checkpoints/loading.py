@@ -19,7 +19,8 @@ from proxy_jax.models.decoder import Params, logical_axes
 from proxy_jax.sharding import Placement
 
 Progress = Callable[[int], object]
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_HUB_CONFIG = ("*.json", "*.model", "*.txt", "*.jinja")
+_HUB_WEIGHTS = ("*.safetensors",)
 
 
 class Checkpoint(Protocol):
@@ -27,6 +28,10 @@ class Checkpoint(Protocol):
 
     path: Path
     hf_config: dict[str, Any]
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether the weights are on disk, or have to be downloaded first."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,7 +54,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(location: str) -> Checkpoint:
     """Opens a Hugging Face directory, a GGUF file, or a model of the Hugging Face hub.
 
-    Only the config is read, not the weights; a hub model is downloaded first.
+    Only the config is read, not the weights: those of a hub model are downloaded when they are
+    first asked for.
 
     Raises:
       InputError: nothing there, or nothing that can be read.
@@ -61,17 +67,16 @@ def open_checkpoint(location: str) -> Checkpoint:
         return SafetensorsCheckpoint(path)
     if path.suffix == ".gguf" or location.startswith(("/", ".", "~")) or location.count("/") != 1:
         raise InputError(f"{location}: no such file or directory, and not a hub id (owner/name)")
-    return SafetensorsCheckpoint(_download(location))
+    config = _download(location, _HUB_CONFIG)
+    return SafetensorsCheckpoint(config, fetch=lambda: _download(location, _HUB_WEIGHTS))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(
-            snapshot_download(
-                hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns="consolidated*"
-            )
+            snapshot_download(hub_id, allow_patterns=[*files], ignore_patterns="consolidated*")
         )
     except Exception as error:  # network, authorisation and naming errors of several libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]

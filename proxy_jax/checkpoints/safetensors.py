@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ _SHARD_BYTES = 5 * 10**9
 class SafetensorsCheckpoint:
     """A directory with config.json and one or more safetensors files.
 
+    Args:
+      path: the directory.
+      fetch: downloads the weights into it; called before they are first looked at.
+
     Attributes:
       path: the directory.
       hf_config: the parsed config.json.
@@ -34,8 +39,9 @@ class SafetensorsCheckpoint:
         that stands in two shards.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fetch: Callable[[], object] | None = None):
         self.path = path
+        self._fetch = fetch
         self.hf_config = read_json(path / "config.json")
         self._files: dict[Path, Any] = {}
         self._where: dict[str, tuple[str, Path]] = {}  # our spelling -> (theirs, shard)
@@ -60,7 +66,15 @@ class SafetensorsCheckpoint:
         self._where = where
         return where
 
+    @property
+    def at_hand(self) -> bool:
+        """Whether the weights are on disk, or have to be downloaded first."""
+        return self._fetch is None
+
     def _shards(self) -> list[Path]:
+        if self._fetch is not None:
+            self._fetch()
+            self._fetch = None
         # The order of transformers: other *.safetensors beside these are copies in other formats.
         whole, index = self.path / _WHOLE, self.path / _INDEX
         if whole.exists():

@@ -17,6 +17,7 @@ from flax import nnx
 from proxy_jax.models import cache as kv
 from proxy_jax.models import lora
 from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.einsum import einsum
 from proxy_jax.sharding import Placement
 
 NO_WINDOW = 2**30  # more positions back than any context has
@@ -90,11 +91,11 @@ def attend(
     batch, length, heads, head_dim = q.shape
     kv_heads = keys.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # N -> K G
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, keys, preferred_element_type=jnp.float32)
+    scores = einsum("BTKGH,BSKH->BKGTS", q, keys)
     scores = softcap(scores * config.query_scale, config.attention_softcap)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values, preferred_element_type=jnp.float32)
+    out = einsum("BKGTS,BSKH->BTKGH", weights, values)
     return out.astype(q.dtype).reshape(batch, length, heads, head_dim)
 
 

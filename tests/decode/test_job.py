@@ -40,7 +40,7 @@ GOOD = '{"prompt": "one"}\n'
         (GOOD * 2 + '{"prompt": ""}\n', {}, "bad.jsonl:3: the prompt is empty"),
         (GOOD + '{"prompt": " \\n"}\n', {}, r"bad.jsonl:2: the prompt is ' \\n'"),
         (GOOD + '{"prompt": 7}\n', {}, "bad.jsonl:2: the prompt is 7"),
-        (GOOD + '{"prompt": "\\ud800"}\n', {}, "bad.jsonl:2: the prompt is not valid Unicode"),
+        (GOOD + '{"prompt": "\\ud800"}\n', {}, "bad.jsonl:2: not valid Unicode"),
         ("", {}, "bad.jsonl: no prompts"),
         (GOOD, {"prompts__template": "{prompt} {extra}"}, "bad.jsonl:1: no field 'extra'"),
         (GOOD, {"prompts__template": "{prompt} {}"}, r"prompts.template '{prompt} {}'"),
@@ -152,7 +152,7 @@ def test_memory_counts_weights_and_caches(llama, plan):
     trio = open_trio(specs | {"antiexpert": specs["expert"]})
     contexts = {"base": 30, "expert": 50, "antiexpert": 30}
     place = Placement(make_mesh({"data": 2, "tensor": 2}))
-    estimate = memory.estimate(trio, trio.passes(plan), place, 4, contexts)
+    estimate = memory.estimate(trio, trio.passes(plan), place, 4, contexts, 12)
     sizes = {role: sum(p.numel() for p in llama.models[role].parameters()) for role in specs}
     again = 0 if plan == "separate" else estimate.weights["expert"]
     assert estimate.weights["antiexpert"] == again

@@ -158,10 +158,10 @@ def test_text_of_parts_of_characters():
     detokenizer = Detokenizer(tokenizer, prompt)
     assert detokenizer.text(euro) == "€"
     end = tokenizer("b!")["input_ids"]
-    assert detokenizer.find_stop([*euro, *end], ["€b"], len(end)) == (4, "")
-    assert detokenizer.find_stop([*euro, *end], ["b", "!"], len(end)) == (4, "€")
-    assert detokenizer.find_stop(euro, ["b"], len(euro)) is None
-    assert detokenizer.find_stop(euro, ["a", "ü"], len(euro)) is None, "in the prompt only"
+    assert detokenizer.find_stop([*euro, *end], ["€b"]) == (4, "")
+    assert detokenizer.find_stop([*euro, *end], ["b", "!"]) == (4, "€")
+    assert detokenizer.find_stop(euro, ["b"]) is None
+    assert detokenizer.find_stop(euro, ["a", "ü"]) is None, "in the prompt only"
 
 
 def test_strings_without_effect_are_refused(loaded):
@@ -178,7 +178,7 @@ def test_nothing_left_to_draw(llama, loaded):
     first = Generator(loaded, options(alpha=0.0)).generate(PROMPTS[:1])[0].token_ids[0]
     word = llama.tokenizers["base"].decode([first])
     fields = {"base_filter": Truncation(top_k=1), "banned_first": (word,)}
-    with pytest.raises(InputError, match="row 0: bans and base_filter together"):
+    with pytest.raises(InputError, match="row 0: bans and base_filter exclude every token"):
         Generator(loaded, options(**fields)).generate(PROMPTS[:1])
 
 
@@ -196,3 +196,23 @@ def test_text_keeps_the_space_of_the_first_word():
 def test_empty_strings(field):
     with pytest.raises(InputError, match="non-empty strings"):
         options(**{field: ("",)})
+
+
+def test_characters_of_bytes():
+    """A tokenizer that spells rare characters in bytes decodes a cut run of bytes to nothing else.
+
+    So the prompt's context must begin at a character, and a stop string may be there for some
+    counts of tokens and hidden for others.
+    """
+    vocab = {"<unk>": 0, "a": 1, **{f"<0x{byte:02X}>": byte + 2 for byte in range(256)}}
+    backend = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    prompt, new = (tokenizer(text)["input_ids"] for text in ("a齉龘", "靐"))
+    assert (len(prompt), len(new)) == (7, 3)
+    assert Detokenizer(tokenizer, prompt).text(new) == "靐"
+    ids = tokenizer("🌵" * 7 + "🦙" + "🌵" * 8)["input_ids"]
+    detokenizer = Detokenizer(tokenizer, [1])
+    for count in (32, 48, 64):
+        assert detokenizer.find_stop(ids[:count], ["🦙"]) == (32, "🌵" * 7)
+    assert detokenizer.find_stop(ids[:33], ["🦙"]) is None

@@ -69,7 +69,7 @@ def test_a_mesh_that_does_not_fit_is_refused(shape, message):
     [
         ({"model_dim": 7}, r"expert: model width \(7\) .* 2 devices of mesh axis 'fsdp'"),
         ({"num_heads": 9}, r"expert: query heads \(9\) .* 2 devices of mesh axis 'tensor'"),
-        ({"num_kv_heads": 1}, r"expert: kv heads \(1\) .* set rules.kv_heads to None"),
+        ({"num_kv_heads": 1}, r"expert: kv heads \(1\) .* replicate .kv_heads."),
         ({"mlp_dim": 15}, r"expert: mlp width \(15\)"),
         ({"vocab_size": 11}, r"expert: vocabulary \(11\)"),
     ],

@@ -139,7 +139,9 @@ def test_lora(build, stacked):
         state[stored].copy_(torch.tensor(value))
     losses = torch_losses(model)
     ours, trained = our_losses(
-        recipe_of(reference, lora=True), stack_layers(adapter) if stacked else adapter, frozen
+        recipe_of(reference, lora=True),
+        jax.device_put(stack_layers(adapter) if stacked else adapter),
+        frozen,
     )
     np.testing.assert_allclose(ours, losses, atol=1e-4)
     for tensor in found:
@@ -154,6 +156,7 @@ def test_lora(build, stacked):
 def test_packed_examples_do_not_see_each_other(build):
     """Packed into one row with segments, two examples lose what they lose apart."""
     reference = build("gemma3")
+    model = families.torch_model(reference.name)
     recipe = recipe_of(reference)
     rng = np.random.default_rng(1)
     lengths = (4, 9)
@@ -170,7 +173,7 @@ def test_packed_examples_do_not_see_each_other(build):
         }
         parts.append(part)
         with torch.no_grad():
-            logits = reference.model(torch.tensor(part["tokens"]).long()).logits
+            logits = model(torch.tensor(part["tokens"]).long()).logits
         apart.append(
             float(
                 torch.nn.functional.cross_entropy(
