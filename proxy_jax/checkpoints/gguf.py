@@ -131,10 +131,6 @@ class GGUFCheckpoint:
         """Shape in the Hugging Face layout, [out, in] for linears."""
         return self._tensor(name).shape
 
-    def dtype(self, name: str) -> str:
-        """Storage type in the file, for example "Q4_K" or "F32"."""
-        return self._tensor(name).kind.name
-
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads a tensor or a part of it as float32, in the Hugging Face layout.
 

@@ -130,7 +130,6 @@ def test_llama_tensors_are_those_of_the_hf_checkpoint(llama):
     assert set(checkpoint.names) == set(weights)
     for name, expected in weights.items():
         assert checkpoint.shape(name) == expected.shape
-        assert checkpoint.dtype(name) == "F32"
         np.testing.assert_array_equal(checkpoint.read(name), expected)
 
 
@@ -350,7 +349,6 @@ def test_names_are_those_of_the_converter(tmp_path, arch, modules):
 def embedding_of(tmp_path, data, kind):
     tensors = {**converted(hf_llama()), "token_embd.weight": (data, kind)}
     checkpoint = GGUFCheckpoint(write(tmp_path / f"{kind.name}.gguf", tensors))
-    assert checkpoint.dtype("model.embed_tokens.weight") == kind.name
     return checkpoint.read("model.embed_tokens.weight")
 
 
