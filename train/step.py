@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.decoder import Params, hidden_states, unembed
+from proxy_jax.models.decoder import Params, hidden_states, logical_axes, unembed
 from proxy_jax.models.lora import attach, with_dropout
 from proxy_jax.sharding import Placement
 
 Batch = dict[str, jax.Array]
-_LOSS_TOKENS = 256  # tokens a row whose logits are held at once
+_LOSS_TOKENS = 128  # trained tokens a row whose logits are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,22 +170,91 @@ def model_params(
 def _negative_log_likelihood(
     recipe: Recipe, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """Summed over [B, T]; logits [B, T, V] are never held as a whole, forward or backward."""
-    batch, length, _ = x.shape
+    """Summed over the trained tokens of [B, T]; logits [B, T, V] are never held as a whole."""
+    head = {name: params[name] for name in ("embedding", "final_norm", "head") if name in params}
+    if not recipe.model.tied_head:
+        del head["embedding"]
+    return _head_loss(recipe, head, x, targets, weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head_loss(
+    recipe: Recipe, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """The loss of hidden states [B, T, D]. Its gradients are made with it, piece by piece, while
+    the logits are there: they are computed once."""
+    return _head_pieces(recipe, head, x, targets, weights, gradients=False)[0]
+
+
+def _head_loss_forward(recipe: Recipe, *arguments: Any) -> tuple[jax.Array, Any]:
+    return _head_pieces(recipe, *arguments, gradients=True)
+
+
+def _head_loss_backward(recipe: Recipe, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
+    head, x = jax.tree.map(lambda g: (g * gradient).astype(recipe.compute_dtype), kept)
+    return head, x, None, None
+
+
+_head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def _head_pieces(
+    recipe: Recipe,
+    head: Params,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    gradients: bool,
+) -> tuple[jax.Array, Any]:
+    """The loss, and its gradients by (head, x) in float32 if asked for; None for a frozen head."""
+    length = x.shape[1]
     held = min(length, _LOSS_TOKENS)
-    padding = [(0, 0), (0, -length % held)]
-    x = jnp.pad(x, [*padding, (0, 0)])
-    targets, weights = jnp.pad(targets, padding), jnp.pad(weights, padding)
-    pieces = x.shape[1] // held
-    split = lambda a: a.reshape(batch, pieces, held, *a.shape[2:]).swapaxes(0, 1)  # noqa: E731
+    # The trained tokens of each row come first; pieces that hold none are not computed.
+    order = jnp.argsort(weights == 0, axis=1, stable=True)
+    order = jnp.pad(order, [(0, 0), (0, -length % held)], constant_values=length)
+    trained = jnp.max(jnp.sum(weights != 0, axis=1))
+    learns_head = gradients and recipe.lora_scale is None
 
-    @jax.checkpoint
-    def piece(total, scanned):
-        x, targets, weights = scanned
-        logits = unembed(recipe.model, params, x, recipe.place)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-        return total + jnp.sum(losses * weights), None
+    def take(array: jax.Array, places: jax.Array) -> jax.Array:
+        places = jnp.expand_dims(places, tuple(range(2, array.ndim)))
+        return jnp.take_along_axis(array, places, axis=1, mode="fill", fill_value=0)
 
-    total, _ = jax.lax.scan(piece, jnp.float32(0), (split(x), split(targets), split(weights)))
-    return total
+    def piece(i: jax.Array, carry: Any) -> Any:
+        total, head_gradient, x_gradient = carry
+        places = jax.lax.dynamic_slice_in_dim(order, i * held, held, axis=1)
+        seen, target, weight = take(x, places), take(targets, places), take(weights, places)
+        run = lambda head, x: unembed(recipe.model, head, x, recipe.place)  # noqa: E731
+        logits, pull_back = jax.vjp(run, head, seen)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        shares = jnp.exp(logits - top)
+        whole = jnp.sum(shares, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)
+        losses = (jnp.log(whole) + top - chosen)[..., 0]
+        total += jnp.sum(losses * weight)
+        if gradients:
+            is_target = jax.nn.one_hot(target, logits.shape[-1])
+            by_logits = (shares / whole - is_target) * weight[..., None]
+            by_head, by_x = pull_back(by_logits)
+            x_gradient = jax.lax.dynamic_update_slice_in_dim(
+                x_gradient, by_x.astype(jnp.float32), i * held, axis=1
+            )
+            if learns_head:
+                head_gradient = jax.tree.map(jnp.add, head_gradient, by_head)
+        return total, head_gradient, x_gradient
+
+    zeros = lambda array: jnp.zeros(array.shape, jnp.float32)  # noqa: E731
+    start = (
+        jnp.float32(0),
+        _place_head(recipe, jax.tree.map(zeros, head)) if learns_head else None,
+        zeros(take(x, order)) if gradients else None,
+    )
+    total, head_gradient, x_gradient = jax.lax.fori_loop(0, -(-trained // held), piece, start)
+    if not gradients:
+        return total, None
+    return total, (head_gradient, take(x_gradient, jnp.argsort(order, axis=1)[:, :length]))
+
+
+def _place_head(recipe: Recipe, head: Params) -> Params:
+    axes = logical_axes(recipe.model)
+    return {name: recipe.place.constrain(array, axes[name]) for name, array in head.items()}

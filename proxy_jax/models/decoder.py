@@ -22,7 +22,7 @@ from flax import nnx
 
 from proxy_jax.models.cache import KVCache
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.einsum import einsum
+from proxy_jax.models.einsum import dense
 from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm, softcap
 from proxy_jax.sharding import LOCAL, Placement
 
@@ -145,7 +145,7 @@ def unembed(
             head, spec = params["embedding"], "BTD,VD->BTV"
         else:
             head, spec = params["head"], "BTD,DV->BTV"
-        logits = einsum(spec, x, head)
+        logits = dense(spec, x, head)
         logits = softcap(logits, config.final_softcap)
         return place.constrain(logits, ("batch", None, "vocab"))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proxy_jax.models.einsum import einsum
+from proxy_jax.models.einsum import dense
 
 # Hugging Face's name of each linear layer: where its weight is, and how many of the weight's first
 # axes are inputs.
@@ -60,16 +60,16 @@ def product(spec: str, x: jax.Array, weight: jax.Array | Adapted) -> jax.Array:
       weight: an array or an adapted weight.
     """
     if not isinstance(weight, Adapted):
-        return einsum(spec, x, weight)
-    whole = einsum(spec, x, weight.weight)
+        return dense(spec, x, weight)
+    whole = dense(spec, x, weight.weight)
     left, right = spec.split("->")
     x_letters, w_letters = left.split(",")
     into = "".join(letter for letter in w_letters if letter in x_letters)
     out = "".join(letter for letter in w_letters if letter not in x_letters)
     kept = "".join(letter for letter in x_letters if letter not in into)
     seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
-    low = einsum(f"{x_letters},{into}R->{kept}R", seen, weight.a).astype(x.dtype)
-    high = einsum(f"{kept}R,R{out}->{right}", low, weight.b)
+    low = dense(f"{x_letters},{into}R->{kept}R", seen, weight.a).astype(x.dtype)
+    high = dense(f"{kept}R,R{out}->{right}", low, weight.b)
     return whole + weight.scale * high
 
 
