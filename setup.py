@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",  # hashlib.file_digest
     packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
-    py_modules=["launch"],
+    py_modules=["launch", "manifest"],
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.6,<0.13",  # nnx.to_pure_dict and nnx.List as used here; 0.13 may drop them
@@ -28,6 +28,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",  # its v1 interface still moves between releases
         "grain>=0.2.15,<0.3",
+        "tensorstore>=0.1.74",  # reads what orbax writes
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "numpy>=2",

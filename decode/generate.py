@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import launch
+import manifest
 from decode import job, memory
-from decode.outputs import OutputFile, digest
+from decode.outputs import OutputFile
 from decode.requests import Completion, Options
 from decode.scheduler import Generator
 from proxy_jax.errors import InputError
@@ -78,7 +79,8 @@ def main(config: ConfigDict) -> None:
 
 def open_output(config: ConfigDict) -> OutputFile:
     """The output file; the first process writes it, the others read what is done."""
-    inputs = {"prompts": digest(Path(os.path.expandvars(config.prompts.path)).expanduser())}
+    prompts = Path(os.path.expandvars(config.prompts.path)).expanduser()
+    inputs = {"prompts": manifest.digest(prompts)}
     directory = Path(os.path.expandvars(config.output_dir)).expanduser()
     job_config = config.to_dict()
     if jax.process_count() == 1:

@@ -1,0 +1,142 @@
+"""manifest.json: which config and inputs an output directory belongs to, and what made it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from proxy_jax.errors import InputError
+
+FILE = "manifest.json"
+_PACKAGES = ("proxy_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
+
+
+def new(config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    """The content of a new manifest.
+
+    Args:
+      config: resolved.
+      inputs: digests of the files that the result depends on.
+    """
+    # Through JSON: tuples become lists, as they are when read back.
+    return {"config": json.loads(json.dumps(config)), "inputs": inputs, "runs": []}
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The content of a directory's manifest; None if it has none.
+
+    Raises:
+      InputError: the file is something else.
+    """
+    path = directory / FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a manifest of a job") from error
+    if not isinstance(content, dict) or not {"config", "inputs", "runs"} <= content.keys():
+        raise InputError(f"{path}: not a manifest of a job")
+    return content
+
+
+def changed(old: dict[str, Any], now: dict[str, Any], free: Collection[str]) -> str | None:
+    """The first field in which two manifests' configs or inputs differ: "alpha: 1.0, now 0.5".
+
+    Args:
+      old, now: contents.
+      free: fields that may differ, as "field" or "part.field".
+    """
+    return _difference(old["config"], now["config"], free) or _difference(
+        old["inputs"], now["inputs"], free
+    )
+
+
+def write(directory: Path, content: dict[str, Any]) -> None:
+    """Replaces a directory's manifest."""
+    replace(directory / FILE, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a file so that a kill at any instant leaves the old one or the new one.
+
+    Raises:
+      InputError: the disk is full or fails.
+    """
+    beside = path.with_name(path.name + ".new")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write ({error.strerror})") from error
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def this_run() -> dict[str, Any]:
+    """Who made it: versions, commit, command, device."""
+    device = jax.devices()[0]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": shlex.join(sys.orig_argv),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, "+changes" if files differ; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _difference(
+    old: dict[str, Any], now: dict[str, Any], free: Collection[str], prefix: str = ""
+) -> str | None:
+    for key in sorted({*old, *now}):
+        before, after = old.get(key), now.get(key)
+        if before == after or prefix + key in free:
+            continue
+        if isinstance(before, dict) and isinstance(after, dict):
+            if inner := _difference(before, after, free, f"{prefix}{key}."):
+                return inner
+            continue
+        return f"{prefix}{key}: {before!r}, now {after!r}"
+    return None
