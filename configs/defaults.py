@@ -7,10 +7,12 @@ def decoding() -> ConfigDict:
     """What decode.check and decode.generate read; an unknown field is an error."""
     config = ConfigDict()
 
-    # The three models. path: Hugging Face directory, GGUF file, or hub id; empty leaves the role
-    # out. template: how the role is prompted: "raw", "chat" (the chat template of its tokenizer),
-    # "reference" (what the published code feeds Llama-2-chat), or a format string with {prompt}
-    # and optionally {system} and {response_prefix}. adapter: a PEFT directory, LoRA on the model.
+    # The three models. path: Hugging Face directory, GGUF file, hub id, or the output_dir of a
+    # training run, for its latest checkpoint (OUTPUT_DIR/checkpoints/STEP for another); empty
+    # leaves the role out. template: how the role is prompted: "raw", "chat" (the chat template of
+    # its tokenizer), "reference" (what the published code feeds Llama-2-chat), or a format string
+    # with {prompt} and optionally {system} and {response_prefix}. adapter: LoRA on the model, a
+    # PEFT directory or a LoRA run; such a run as path is its base with the adapter.
     for role in ("base", "expert", "antiexpert"):
         config[role] = ConfigDict(
             {"path": "", "dtype": "bfloat16", "template": "raw", "adapter": ""}

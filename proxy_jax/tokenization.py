@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,21 @@ def _sized(words: list[str | None], size: int) -> np.ndarray:
     sized = np.full(size, None, dtype=object)
     sized[: len(words)] = words[:size]
     return sized
+
+
+def open_tokenizer(location: str | Path) -> Any:
+    """The transformers tokenizer of a directory or hub id.
+
+    Raises:
+      InputError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location)
+    except Exception as error:  # whatever a broken or absent tokenizer makes it raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{location}: no readable tokenizer ({reason})") from error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from proxy_jax.checkpoints.loading import (
     open_checkpoint,
 )
 from proxy_jax.checkpoints.names import tensors
+from proxy_jax.checkpoints.native import find_run
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -37,10 +39,13 @@ class ModelSpec:
     """Which model plays a role, and how it is prompted.
 
     Attributes:
-      path: a Hugging Face directory, a GGUF file, or a hub id.
+      path: a Hugging Face directory, a GGUF file, a hub id, or a run of train.sft: its directory,
+        for the latest checkpoint, or that of one checkpoint (RUN/checkpoints/STEP). A LoRA run
+        stands for its base with what it has trained as the adapter.
       dtype: of the weights, caches and activations.
       template: see `Template`.
-      adapter: a PEFT directory with a LoRA adapter to put on the model; empty for none.
+      adapter: a LoRA adapter to put on the model: a PEFT directory, or a LoRA run or one of its
+        checkpoints; empty for none.
     """
 
     path: str
@@ -86,7 +91,8 @@ class Trio:
     anti-expert, s_M + alpha (s_M - s_-) without an expert, s_M with neither.
 
     Attributes:
-      members: by role; always has "base".
+      members: by role; always has "base". Their specs name one checkpoint of a run, and a LoRA
+        run's base and adapter by themselves.
       vocabulary: how their tokenizers agree.
     """
 
@@ -210,13 +216,13 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
     for role in ROLES:
         if role not in specs:
             continue
-        spec = specs[role]
+        spec = _resolve(specs[role])
         if spec.dtype not in DTYPES:
             raise InputError(
                 f"{role}: dtype {spec.dtype!r} is unknown; use one of {', '.join(DTYPES)}"
             )
         twin = next((m for m in members.values() if m.spec.path == spec.path), None)
-        checkpoint = twin.checkpoint if twin else open_checkpoint(spec.path)
+        checkpoint = twin.checkpoint if twin else _open(spec)
         members[role] = Member(
             spec=spec,
             checkpoint=checkpoint,
@@ -230,6 +236,41 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
         {role: member.config.vocab_size for role, member in members.items()},
     )
     return Trio(members, vocabulary)
+
+
+def _resolve(spec: ModelSpec) -> ModelSpec:
+    """The files that a spec stands for: paths are absolute, runs are pinned to a checkpoint.
+
+    Raises:
+      InputError: a run that cannot be read, or an adapter on a LoRA run.
+    """
+    path, adapter = _absolute(spec.path), _absolute(spec.adapter)
+    run, adapted = find_run(path), find_run(adapter) if adapter else None
+    if run and run.rank and adapter:
+        raise InputError(f"{path}: a LoRA run, which takes no other adapter, as {adapter}")
+    if run and run.rank:
+        whole = dataclasses.replace(spec, path=run.base, adapter=str(run.checkpoint))
+        return _resolve(whole)  # the base may be a run, too
+    return dataclasses.replace(
+        spec,
+        path=str(run.checkpoint) if run else path,
+        adapter=str(adapted.checkpoint) if adapted else adapter,
+    )
+
+
+def _absolute(location: str) -> str:
+    """One spelling for every path of what is on disk; hub ids and absent files as they are."""
+    path = Path(location).expanduser()
+    return os.path.abspath(path) if location and path.exists() else location
+
+
+def _open(spec: ModelSpec) -> Checkpoint:
+    try:
+        return open_checkpoint(spec.path)
+    except InputError as error:
+        if spec.adapter:
+            raise InputError(f"base of {spec.adapter}: {error}") from error
+        raise
 
 
 def load_trio(

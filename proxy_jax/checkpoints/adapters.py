@@ -1,8 +1,10 @@
-"""LoRA adapters in PEFT's directory format."""
+"""LoRA adapters: PEFT's directory format, and what a training run has saved."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from proxy_jax.checkpoints.names import Tensor, tensors
+from proxy_jax.checkpoints.native import TrainedArrays, find_run
 from proxy_jax.checkpoints.safetensors import read_json
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
@@ -40,11 +43,11 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 def with_adapter(
     params: Params, path: Path, config: ModelConfig, dtype: Any, place: Placement
 ) -> Params:
-    """Loads a PEFT adapter and puts it on a model's parameters.
+    """Loads an adapter and puts it on a model's parameters.
 
     Args:
       params: of the base model, layers stacked or not; shared with the result, not copied.
-      path: a directory with adapter_config.json and adapter_model.safetensors.
+      path: see `read_adapter`.
       config: the base model's.
       dtype: of the adapter's matrices.
       place: the mesh and rules.
@@ -64,32 +67,70 @@ def with_adapter(
 def read_adapter(path: Path, config: ModelConfig) -> tuple[list[dict[str, Any]], float]:
     """Reads and checks an adapter: its matrices by layer, as stored, and the scale alpha / R.
 
+    Args:
+      path: a directory with adapter_config.json and adapter_model.safetensors, or a LoRA run of
+        train.sft (its latest checkpoint counts) or one of its checkpoints.
+      config: the base model's.
+
     Raises:
       InputError: an adapter of another kind or for another model; names the key or tensor.
     """
-    settings = _read_config(path)
-    rank = settings["r"]
-    stored = _read_tensors(path / _WEIGHTS)
+    source = _open_run(path, config) or _open_peft(path)
+    unread = set(source.names)
     layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
-    for tensor in lora_tensors(config, rank):
-        if tensor.name not in stored:
+    # The layers of a matrix in a row: a run may store them as one array.
+    for tensor in sorted(lora_tensors(config, source.rank), key=lambda tensor: tensor.path[2:]):
+        if tensor.name not in unread:
             continue
-        array = stored.pop(tensor.name)
+        unread.remove(tensor.name)
+        array = source.read(tensor.name)
         if array.shape != tensor.source_shape:
             raise InputError(
                 f"{path}: tensor {tensor.name} has shape {array.shape}, the model and rank "
-                f"{rank} ask for {tensor.source_shape}"
+                f"{source.rank} ask for {tensor.source_shape}"
             )
         _, layer, module, weight, matrix = tensor.path
         target = layers[int(layer)].setdefault(str(module), {}).setdefault(weight, {})
         target[matrix] = tensor.to_ours(array)
-    if stored:
-        raise InputError(f"{path}: tensor {min(stored)} adapts nothing in a {config.family} model")
+    if unread:
+        raise InputError(f"{path}: tensor {min(unread)} adapts nothing in a {config.family} model")
     kinds = {jax.tree.structure(layer) for layer in layers}
     whole = all({"a", "b"} == set(pair) for m in layers[0].values() for pair in m.values())
     if len(kinds) != 1 or not layers[0] or not whole:
         raise InputError(f"{path}: the same matrices, A and B, must be adapted in every layer")
-    return layers, settings["lora_alpha"] / rank
+    return layers, source.scale
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """Where an adapter's matrices come from, under PEFT's names and in its layout."""
+
+    names: Collection[str]
+    read: Callable[[str], np.ndarray]
+    rank: int
+    scale: float
+
+
+def _open_run(path: Path, config: ModelConfig) -> _Source | None:
+    run = find_run(path)
+    if run is None:
+        return None
+    if not run.rank:
+        raise InputError(f"{path}: a run that trains all weights: a model, not an adapter")
+    arrays = TrainedArrays(run.checkpoint, lora_tensors(config, run.rank))
+
+    def read(name: str) -> np.ndarray:
+        arrays.shape(name)  # refuses an array that does not fit
+        return arrays.read(name)
+
+    return _Source(arrays.names, read, run.rank, run.scale)
+
+
+def _open_peft(path: Path) -> _Source:
+    settings = _read_config(path)
+    stored = _read_tensors(path / _WEIGHTS)
+    scale = settings["lora_alpha"] / settings["r"]
+    return _Source(stored, stored.__getitem__, settings["r"], scale)
 
 
 def save_adapter(

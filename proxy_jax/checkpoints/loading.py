@@ -12,6 +12,7 @@ import numpy as np
 
 from proxy_jax.checkpoints.gguf import GGUFCheckpoint
 from proxy_jax.checkpoints.names import Tensor, tensors
+from proxy_jax.checkpoints.native import NativeCheckpoint, find_run
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
@@ -52,17 +53,22 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(location: str) -> Checkpoint:
-    """Opens a Hugging Face directory, a GGUF file, or a model of the Hugging Face hub.
+    """Opens a Hugging Face directory, a GGUF file, a training run, or a model of the hub.
+
+    A run is one of train.sft that trains all weights: its directory, which stands for its latest
+    checkpoint, or the directory of one checkpoint.
 
     Only the config is read, not the weights: those of a hub model are downloaded when they are
     first asked for.
 
     Raises:
-      InputError: nothing there, or nothing that can be read.
+      InputError: nothing there, or nothing that can be read, or a run that trains an adapter only.
     """
     path = Path(location).expanduser()
     if path.is_file():
         return GGUFCheckpoint(path)
+    if run := find_run(path):
+        return NativeCheckpoint(run)
     if path.is_dir():
         return SafetensorsCheckpoint(path)
     if path.suffix == ".gguf" or location.startswith(("/", ".", "~")) or location.count("/") != 1:

@@ -17,6 +17,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.hf_config import config_to_hf
+from proxy_jax.tokenization import open_tokenizer
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -125,13 +126,7 @@ class SafetensorsCheckpoint:
 
     def tokenizer(self) -> Any:
         """The directory's tokenizer."""
-        from transformers import AutoTokenizer
-
-        try:
-            return AutoTokenizer.from_pretrained(self.path)
-        except Exception as error:  # whatever a broken or absent tokenizer makes it raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{self.path}: no readable tokenizer ({reason})") from error
+        return open_tokenizer(self.path)
 
 
 def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = None) -> None:
@@ -162,7 +157,22 @@ def export(config: ModelConfig, params: Params, path: Path, tokenizer: Any = Non
         size = sum(math.prod(t.source_shape) * itemsize for shard in shards for t in shard)
         index = {"metadata": {"total_size": size}, "weight_map": where}
         (path / _INDEX).write_text(json.dumps(index, indent=2))
-    hf = config_to_hf(config) | {"torch_dtype": str(params["embedding"].dtype)}
+    export_config(config, path, str(params["embedding"].dtype), tokenizer)
+
+
+def export_config(config: ModelConfig, path: Path, dtype: str, tokenizer: Any = None) -> None:
+    """Writes config.json, and a tokenizer beside it.
+
+    Args:
+      config: the architecture.
+      path: an existing directory.
+      dtype: of the weights that belong to it.
+      tokenizer: a transformers tokenizer.
+
+    Raises:
+      InputError: an architecture that config.json has no words for.
+    """
+    hf = config_to_hf(config) | {"torch_dtype": dtype}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         # None too is written: transformers would take the ids of the family's first release.
         hf[key] = getattr(tokenizer, key, None)
