@@ -1,6 +1,7 @@
 """Batches of training examples: shuffled, packed and shared out by Grain.
 
-B rows of a batch over all processes, T places of a row, P processes.
+B rows of a batch over all processes, T places of a row, P processes,
+N trained tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -71,6 +72,9 @@ class Batches:
     example's line in its file. All are 0 in empty places, and the last batch is filled with empty
     rows.
 
+    Examples with offsets add "offsets", [B / P, N, V] float16: a row's k-th trained token has its
+    offsets at k. N is the most that any row has; what is not trained takes no memory.
+
     The iterator's get_state() is a small dict that JSON can hold; set_state() of an iterator over
     the same examples and batching goes on from there exactly.
 
@@ -88,6 +92,10 @@ class Batches:
                     f"{batching.length} places"
                 )
         rows = list(_rows(examples, batching))
+        trained = [int(np.count_nonzero(example.trained[1:])) for example in examples]
+        most = max(sum(trained[i] for i in row) for row in rows)
+        offsets = examples[0].offsets
+        shape = None if offsets is None else (most, offsets.shape[1])
         rows += [()] * (-len(rows) % batching.batch_size)
         share = batching.batch_size // batching.process_count
         mine = [
@@ -97,7 +105,7 @@ class Batches:
         ]
         self._dataset = (
             grain.MapDataset.source(mine)
-            .map(lambda row: _arrays([examples[i] for i in row], batching.length))
+            .map(lambda row: _arrays([examples[i] for i in row], batching.length, shape))
             .batch(share)
         )
 
@@ -132,8 +140,10 @@ def _length_only(i: int, example: Example) -> dict[str, Any]:
     return {"places": np.zeros((len(example.tokens) - 1, 0)), "example": i}
 
 
-def _arrays(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
-    """One row: [T] arrays."""
+def _arrays(
+    examples: Sequence[Example], length: int, offsets: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
+    """One row: [T] arrays, and offsets of a shape [N, V]."""
     names = ("tokens", "targets", "segments", "positions", "lines")
     row = {name: np.zeros(length, np.int32) for name in names}
     row["weights"] = np.zeros(length, np.float32)
@@ -147,4 +157,10 @@ def _arrays(examples: Sequence[Example], length: int) -> dict[str, np.ndarray]:
         row["positions"][places] = np.arange(len(example.tokens) - 1)
         row["lines"][places] = example.line
         start = places.stop
+    if offsets is not None:
+        row["offsets"] = np.zeros(offsets, np.float16)
+        found = [example.offsets for example in examples if example.offsets is not None]
+        if found:
+            whole = np.concatenate(found)
+            row["offsets"][: len(whole)] = whole
     return row

@@ -41,11 +41,13 @@ class Example:
       tokens: [n + 1] int32; the first n are read, the last n are their targets.
       trained: [n + 1] bool, the tokens predicted with a loss; the first never is one.
       line: the number of the row it was made of.
+      offsets: [trained tokens, V] float16, added to their logits in consistent proxy tuning.
     """
 
     tokens: np.ndarray
     trained: np.ndarray
     line: int
+    offsets: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +62,11 @@ class Counts:
       trained_tokens: targets with a loss.
     """
 
-    kept: int
-    truncated: int
-    dropped: int
-    tokens: int
-    trained_tokens: int
+    kept: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
 
 
 def read_rows(location: str, subset: str = "", split: str = "train") -> list[Row]:

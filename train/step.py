@@ -1,11 +1,16 @@
 """The compiled training step: loss, gradients, update.
 
-Letters: A micro-batches of a step, B rows, T tokens, V vocabulary, D model width.
+Letters: A micro-batches of a step, B rows, T tokens, N trained tokens of a row, V vocabulary,
+D model width.
 
 A batch is a dict of arrays [A, B, T]: "tokens", "targets" (the next token of the same example),
 "weights" (1 where the target is trained), "segments" (examples packed into one row do not see each
 other; 0 is padding) and "positions". Losses and gradients are sums over trained tokens, divided
 once by their number in the whole step: a micro-batch or a device counts as much as it has tokens.
+
+Consistent proxy tuning (He et al. 2024) adds "offsets" [A, B, N, V], s_M - s_- at each row's
+trained tokens in their order (train.offsets). The loss is then that of
+softmax(s_theta + alpha_train (s_M - s_-)).
 """
 
 from __future__ import annotations
@@ -40,6 +45,7 @@ class Recipe:
       place: mesh and rules.
       lora_scale: lora_alpha / rank; None trains all parameters.
       lora_dropout: of the adapter's inputs.
+      alpha_train: coefficient of the batch's offsets; 0 is plain tuning, without any.
     """
 
     model: ModelConfig
@@ -49,6 +55,7 @@ class Recipe:
     place: Placement
     lora_scale: float | None = None
     lora_dropout: float = 0.0
+    alpha_train: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -70,14 +77,20 @@ class TrainState:
 
 
 def new_state(recipe: Recipe, trained: Any, key: jax.Array) -> TrainState:
-    """The state before the first step. The optimizer's state lies where the parameters lie."""
+    """The state before the first step. The optimizer's state lies where the parameters lie.
+
+    All of it lies on the mesh, scalars too: a restored one is put where this one lies.
+    """
+    everywhere = jax.jit(lambda x: x, out_shardings=recipe.place.sharding(()))
     moments = optax.tree_map_params(
         recipe.optimizer,
         lambda moment, parameter: jax.device_put(moment, parameter.sharding),
         recipe.optimizer.init(trained),
         trained,
+        transform_non_params=everywhere,
     )
-    return TrainState(jnp.int32(0), trained, moments, key)
+    step, key = everywhere((jnp.int32(0), key))
+    return TrainState(step, trained, moments, key)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -90,11 +103,12 @@ def train_step(
       recipe: static.
       state: donated.
       frozen: the base model's parameters, for LoRA; None when all are trained.
-      batch: [A, B, T] arrays.
+      batch: [A, B, T] arrays; and the offsets, if the recipe has an alpha_train.
 
     Returns:
       The new state, and scalars: "loss" (mean negative log-likelihood of the trained tokens, nats),
-      "tokens" (their number) and "grad_norm" (before clipping).
+      "grad_norm" (before clipping), "tokens" (without padding), "trained_tokens", and "pairs" (of
+      a token and one that it sees, windows not considered).
     """
     step_key = jax.random.fold_in(state.key, state.step)
 
@@ -111,10 +125,13 @@ def train_step(
     gradients = jax.tree.map(lambda g: g / jnp.maximum(tokens, 1), gradients)
     updates, moments = recipe.optimizer.update(gradients, state.moments, state.trained)
     trained = optax.apply_updates(state.trained, updates)
+    read = batch["segments"] > 0
     metrics = {
         "loss": total / jnp.maximum(tokens, 1),
-        "tokens": tokens,
         "grad_norm": optax.tree.norm(gradients),
+        "tokens": jnp.sum(read, dtype=jnp.float32),
+        "trained_tokens": tokens,
+        "pairs": jnp.sum(jnp.where(read, batch["positions"] + 1, 0), dtype=jnp.float32),
     }
     return TrainState(state.step + 1, trained, moments, state.key), metrics
 
@@ -133,7 +150,7 @@ def loss_sum(
     """The loss to differentiate.
 
     Args:
-      batch: [B, T] arrays.
+      batch: [B, T] arrays; and the offsets, [B, N, V], if the recipe has an alpha_train.
       key: of dropout; None is without.
 
     Returns:
@@ -150,7 +167,8 @@ def loss_sum(
         batch["segments"],
         recipe.remat,
     )
-    total = _negative_log_likelihood(recipe, params, x, batch["targets"], batch["weights"])
+    offsets = batch["offsets"] if recipe.alpha_train else None
+    total = _negative_log_likelihood(recipe, params, x, batch["targets"], batch["weights"], offsets)
     return total, (total, jnp.sum(batch["weights"]))
 
 
@@ -168,22 +186,32 @@ def model_params(
 
 
 def _negative_log_likelihood(
-    recipe: Recipe, params: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+    recipe: Recipe,
+    params: Params,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    offsets: jax.Array | None,
 ) -> jax.Array:
     """Summed over the trained tokens of [B, T]; logits [B, T, V] are never held as a whole."""
     head = {name: params[name] for name in ("embedding", "final_norm", "head") if name in params}
     if not recipe.model.tied_head:
         del head["embedding"]
-    return _head_loss(recipe, head, x, targets, weights)
+    return _head_loss(recipe, head, x, targets, weights, offsets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _head_loss(
-    recipe: Recipe, head: Params, x: jax.Array, targets: jax.Array, weights: jax.Array
+    recipe: Recipe,
+    head: Params,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    offsets: jax.Array | None,
 ) -> jax.Array:
     """The loss of hidden states [B, T, D]. Its gradients are made with it, piece by piece, while
     the logits are there: they are computed once."""
-    return _head_pieces(recipe, head, x, targets, weights, gradients=False)[0]
+    return _head_pieces(recipe, head, x, targets, weights, offsets, gradients=False)[0]
 
 
 def _head_loss_forward(recipe: Recipe, *arguments: Any) -> tuple[jax.Array, Any]:
@@ -192,7 +220,7 @@ def _head_loss_forward(recipe: Recipe, *arguments: Any) -> tuple[jax.Array, Any]
 
 def _head_loss_backward(recipe: Recipe, kept: Any, gradient: jax.Array) -> tuple[Any, ...]:
     head, x = jax.tree.map(lambda g: (g * gradient).astype(recipe.compute_dtype), kept)
-    return head, x, None, None
+    return head, x, None, None, None
 
 
 _head_loss.defvjp(_head_loss_forward, _head_loss_backward)
@@ -204,6 +232,7 @@ def _head_pieces(
     x: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
+    offsets: jax.Array | None,
     *,
     gradients: bool,
 ) -> tuple[jax.Array, Any]:
@@ -226,6 +255,11 @@ def _head_pieces(
         seen, target, weight = take(x, places), take(targets, places), take(weights, places)
         run = lambda head, x: unembed(recipe.model, head, x, recipe.place)  # noqa: E731
         logits, pull_back = jax.vjp(run, head, seen)
+        if offsets is not None:  # row by row in the order of `order`
+            here = i * held + jnp.arange(held)
+            fixed = jnp.take(offsets, here, axis=1, mode="fill", fill_value=0)
+            fixed = recipe.place.constrain(fixed, ("batch", None, "vocab"))
+            logits += recipe.alpha_train * fixed.astype(jnp.float32)
         top = jnp.max(logits, axis=-1, keepdims=True)
         shares = jnp.exp(logits - top)
         whole = jnp.sum(shares, axis=-1, keepdims=True)

@@ -1,5 +1,6 @@
 """How examples become batches: order, packing, shares and resumption."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -112,6 +113,30 @@ def test_packing_by_hand():
     assert sorted(np.count_nonzero(batch["segments"], axis=1)) in ([3, 5], [4, 4])
     np.testing.assert_array_equal(batch["positions"][batch["lines"] == 3], [0])
     np.testing.assert_array_equal(batch["targets"][batch["lines"] == 3], [31])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_offsets_follow_the_trained_tokens_of_a_row(packing):
+    rng = np.random.default_rng(1)
+    examples = [
+        dataclasses.replace(
+            example,
+            offsets=rng.standard_normal((example.trained[1:].sum(), 5)).astype(np.float16),
+        )
+        for example in make(60)
+    ]
+    by_line = {example.line: example.offsets for example in examples}
+    batches = list(Batches(examples, Batching(8, T, packing=packing)))
+    most = max(int(batch["weights"].sum(axis=1).max()) for batch in batches)
+    assert {batch["offsets"].shape for batch in batches} == {(8, most, 5)}
+    assert {batch["offsets"].dtype for batch in batches} == {np.dtype(np.float16)}
+    for row in rows(batches):
+        used = {line: iter(offsets) for line, offsets in by_line.items()}
+        wanted = [next(used[line]) for line in row["lines"][row["weights"] > 0]]
+        np.testing.assert_array_equal(row["offsets"], [*wanted, *np.zeros((most - len(wanted), 5))])
+    plain = Batches(make(60), Batching(8, T, packing=packing))
+    assert same(plain, batches)
+    assert all("offsets" not in batch for batch in plain)
 
 
 def test_packing_fills_rows():
