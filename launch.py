@@ -20,12 +20,17 @@ _CONFIG_ERRORS = (
 )  # fmt: skip
 
 
-def run(main: Callable[[ConfigDict], None]) -> None:
+def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
     """Parses --config and runs main(config).
+
+    Args:
+      main: the program.
+      xla_flags: for the compiler; those in $XLA_FLAGS come after them, and win.
 
     An InputError, or a config that cannot be read, ends the program with one line and status 2.
     Finished rows and checkpoints are on disk by then: main loses nothing by it.
     """
+    os.environ["XLA_FLAGS"] = f"{xla_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     config = config_flags.DEFINE_config_file(
         "config",
         help_string="A Python file with get_config(); see configs/. Any field can be set on the "

@@ -1,12 +1,17 @@
-"""Checkpoints of a training run: parameters, optimizer, step, random state and data, as one."""
+"""Checkpoints of a training run: parameters, optimizer, step, random state and data, as one.
+
+And when to make one out of turn: the machine is about to be taken away.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from train.step import TrainState
@@ -17,12 +22,12 @@ class Checkpoints:
 
     Args:
       directory: created if need be.
-      every: steps between two checkpoints; one is also made when the machine is about to be taken.
+      every: steps between two checkpoints.
       keep: how many of the last ones stay, beside the best.
     """
 
     def __init__(self, directory: Path, every: int, keep: int):
-        policies = ocp.training.save_decision_policies
+        self._every = every
         preserve = ocp.training.preservation_policies
         best = preserve.BestN(
             get_metric_fn=lambda metrics: -metrics["loss"],
@@ -31,33 +36,29 @@ class Checkpoints:
         )
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(),
-            save_decision_policy=policies.AnySavePolicy(
-                [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-            ),
             preservation_policy=preserve.AnyPreservationPolicy([preserve.LatestN(keep), best]),
             cleanup_tmp_directories=True,  # what a killed run left half-written
         )
 
-    def save(
-        self, state: TrainState, data: Any, loss: float | None, *, force: bool = False
-    ) -> None:
-        """Saves if a checkpoint is due, or if forced.
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be made after this many steps."""
+        return step % self._every == 0
+
+    def save(self, step: int, state: TrainState, data: Any, loss: float | None) -> None:
+        """Starts to save; returns when the state may change again.
 
         Args:
+          step: updates made.
           state: what training changes.
           data: the data iterator's state, a JSON value.
           loss: held-out loss by which the best is chosen; None if there is none yet.
-          force: save now.
         """
-        step = int(state.step)
-        if not force and not self._checkpointer.should_save(step):
-            return
         if self._checkpointer.latest and self._checkpointer.latest.step == step:
             return
         self._checkpointer.save_async(
             step,
             _storable(state),
-            force=force,
+            force=True,
             metrics=None if loss is None else {"loss": loss},
             custom_metadata={"data": data},
         )
@@ -90,3 +91,34 @@ class Checkpoints:
 def _storable(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return fields | {"key": jax.random.key_data(state.key)}
+
+
+class Preemption:
+    """Whether the machine is about to be taken away: SIGTERM, agreed on by all processes.
+
+    A context manager. Among several processes JAX's coordination service catches the signal and
+    chooses a step that all have yet to make; one process alone catches it here. A second signal
+    ends the program at once.
+    """
+
+    def __init__(self) -> None:
+        self._signalled = False
+
+    def __enter__(self) -> Preemption:
+        if jax.process_count() == 1:
+            self._before = signal.signal(signal.SIGTERM, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def noticed(self, step: int) -> bool:
+        """Whether to save and stop after this step; the same answer in every process."""
+        if jax.process_count() == 1:
+            return self._signalled
+        return multihost_utils.reached_preemption_sync_point(step)
+
+    def _notice(self, *_: object) -> None:
+        self._signalled = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

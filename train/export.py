@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 
 from proxy_jax.checkpoints.adapters import save_adapter
-from proxy_jax.checkpoints.safetensors import export
+from proxy_jax.checkpoints.safetensors import export, export_config
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -121,6 +121,22 @@ def export_expert(
     if lora:
         return f"{path}: merged weights, {dtype}; {path / ADAPTER}: the LoRA adapter"
     return f"{path}: weights, {dtype}"
+
+
+def write_model(
+    path: Path, config: ModelConfig, tokenizer: Any, eos_ids: Sequence[int], dtype: str
+) -> None:
+    """Writes what a model's weights need beside them: config.json, tokenizer, generation_config.
+
+    Raises:
+      InputError: as in `export_expert`.
+    """
+
+    def write(directory: Path) -> None:
+        export_config(config, directory, dtype, tokenizer)
+        _write_generation_config(directory, tokenizer, eos_ids)
+
+    _write_whole(path, write)
 
 
 def _merged_on_host(params: Params, lora: Lora | None, dtype: str) -> Params:

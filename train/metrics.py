@@ -1,11 +1,19 @@
-"""What a run measures: metrics.jsonl, TensorBoard events, and a plot of the losses."""
+"""What a run measures: the bar, metrics.jsonl, TensorBoard events, and a plot of the losses."""
 
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import numpy as np
 from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from proxy_jax.errors import InputError
 
 FILE = "metrics.jsonl"
 
@@ -13,12 +21,17 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends metrics, one JSON object a step. Steps that a resumed run makes again are replaced.
 
+    Of several processes the first writes.
+
     Args:
       directory: of the run.
       first: steps already made; later records are dropped.
     """
 
     def __init__(self, directory: Path, first: int):
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         path = directory / FILE
         kept = [record for record in read_metrics(directory) if record["step"] <= first]
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -27,6 +40,8 @@ class MetricsLog:
 
     def write(self, step: int, **values: float) -> None:
         """Records values of a step."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -34,8 +49,92 @@ class MetricsLog:
 
     def close(self) -> None:
         """Writes what is left."""
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+
+class Progress:
+    """Reports the steps of a run one behind: the host reads a step's loss while the next computes.
+
+    Args:
+      log: where metrics go.
+      first, steps: made already, and in all.
+      log_every: steps between two records.
+      learning_rate: by step.
+      flops: of a step, from its metrics.
+      peak: operations a second that the devices can do, for the MFU (model FLOPs utilisation).
+    """
+
+    def __init__(
+        self,
+        log: MetricsLog,
+        first: int,
+        steps: int,
+        log_every: int,
+        learning_rate: Callable[[int], float],
+        flops: Callable[[dict[str, float]], float],
+        peak: float,
+    ):
+        self._log, self._steps, self._log_every = log, steps, log_every
+        self._learning_rate, self._flops, self._peak = learning_rate, flops, peak
+        self._waiting: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
+        self._since = time.perf_counter()
+        self._bar = tqdm(
+            total=steps, initial=first, unit="step", disable=jax.process_index() > 0, smoothing=0.1
+        )
+
+    def made(self, step: int, metrics: dict[str, jax.Array], lines: np.ndarray) -> None:
+        """Takes the metrics of a step that was started, and reports the step before it.
+
+        Args:
+          step: updates made, this one included.
+          metrics: of train_step, perhaps not yet computed.
+          lines: of the data that the batch was made of.
+
+        Raises:
+          InputError: the loss of the step before is not a number; names that step and its lines.
+        """
+        self.catch_up()
+        self._waiting = step, metrics, lines
+
+    def catch_up(self) -> None:
+        """Reports the last step, too: before its parameters are saved or measured.
+
+        Raises:
+          InputError: its loss is not a number.
+        """
+        if self._waiting is None:
+            return
+        step, metrics, lines = self._waiting
+        self._waiting = None
+        values = {name: float(value) for name, value in metrics.items()}
+        if not math.isfinite(values["loss"]):
+            raise InputError(
+                f"step {step - 1}: the loss is {values['loss']}; "
+                f"rows of the batch: lines {lines[lines > 0].tolist()}"
+            )
+        seconds = time.perf_counter() - self._since
+        self._since += seconds
+        speed, mfu = values["tokens"] / seconds, self._flops(values) / seconds / self._peak
+        if step == self._steps or step % self._log_every == 0:
+            values |= {
+                "learning_rate": float(self._learning_rate(step - 1)),
+                "seconds": seconds,
+                "tokens_per_second": speed,
+                "mfu": mfu,
+            }
+            self._log.write(step, **values)
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} tokens/s, MFU {mfu:.0%}")
+        self._bar.update()
+
+    def restart_clock(self) -> None:
+        """Leaves out of the speed what has been done since the last report."""
+        self._since = time.perf_counter()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self._bar.close()
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:

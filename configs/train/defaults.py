@@ -9,10 +9,21 @@ def sft() -> ConfigDict:
 
     # The model to tune, M-: a Hugging Face directory, GGUF file, or hub id.
     config.base = ""
+    # Or no model but an architecture, as config.json states it ("model_type", "hidden_size", ...),
+    # to train from random weights, with the tokenizer of a directory or hub id.
+    config.architecture = ConfigDict()
+    config.tokenizer = ""
 
     # The data: a JSONL file or hub data set. format: prompt_completion, messages or text.
     config.data = ConfigDict(
-        {"path": "", "subset": "", "split": "train", "format": "prompt_completion", "limit": 0}
+        {
+            "path": "",
+            "subset": "",
+            "split": "train",
+            "format": "prompt_completion",
+            "limit": 0,
+            "chat_template": "",  # Jinja, for messages and a tokenizer that has no template
+        }
     )
     config.held_out = 0  # rows at the end that are measured on, never trained on
     config.max_length = 2048  # tokens of an example and of a row
@@ -35,6 +46,10 @@ def sft() -> ConfigDict:
             ),
         }
     )
+
+    # Consistent proxy tuning (He et al. 2024): the loss is that of the logits
+    # s + alpha_train (s_base - s_-), with s_- those of the model before tuning. 0 is plain tuning.
+    config.consistent = ConfigDict({"alpha_train": 0.0, "base": ""})
 
     # AdamW, see train/optimizer.py.
     config.optimizer = ConfigDict(
@@ -65,6 +80,13 @@ def sft() -> ConfigDict:
     config.replicate = ()  # logical axes not to split
     config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
     config.distributed = False
+
+    # What train.benchmark measures: so many steps, the compiled step's memory under each of these
+    # remat policies, and ranks in place of lora.rank (0 is full fine-tuning). compare: "torch" for
+    # transformers' Trainer (with peft) beside it.
+    config.benchmark = ConfigDict(
+        {"steps": 5, "remat": ("none", "dots", "full"), "ranks": (), "compare": ""}
+    )
 
     # The output: checkpoints, metrics.jsonl, loss.png, and the expert as a Hugging Face directory.
     config.output_dir = ""

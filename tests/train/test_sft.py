@@ -1,20 +1,27 @@
 """The training program on a tiny model: what it leaves, and that interruptions change nothing."""
 
+import contextlib
 import json
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from configs.train.defaults import sft as defaults
 from proxy_jax.errors import InputError
+from proxy_jax.models import decoder
 from proxy_jax.trio import ModelSpec, load_trio
 from tests import trios
 from train import sft
@@ -40,11 +47,11 @@ def base(tmp_path_factory):
     return directory
 
 
-def config_of(base, directory, **fields):
+def config_of(start, directory, **fields):
     config = defaults()
     config.update(
         {
-            "base": str(base),
+            "base": str(start),
             "output_dir": str(directory),
             "held_out": 8,
             "max_length": 64,
@@ -56,7 +63,7 @@ def config_of(base, directory, **fields):
             "eval_every": 4,
         }
     )
-    config.data.path = str(base / "rows.jsonl")
+    config.data.path = str(Path(start) / "rows.jsonl")
     config.optimizer.learning_rate = 3e-3
     for name, value in fields.items():
         part, _, field = name.partition("__")
@@ -65,6 +72,15 @@ def config_of(base, directory, **fields):
         else:
             config[part] = value
     return config
+
+
+def command_of(config, before=""):
+    script = (
+        f"{before}import json, sys; from configs.train.defaults import sft as defaults;"
+        "from train import sft;"
+        "config = defaults(); config.update(json.loads(sys.argv[1])); sft.main(config)"
+    )
+    return [sys.executable, "-c", script, json.dumps(config.to_dict())]
 
 
 def records(directory, name="loss"):
@@ -83,6 +99,11 @@ def test_what_a_run_leaves(base, lora_run):
     losses = records(lora_run)
     assert list(losses) == list(range(1, len(losses) + 1))
     assert set(records(lora_run, "held_out_loss")) == {*range(4, len(losses), 4), len(losses)}
+    counts = json.loads((lora_run / "data.json").read_text())["train"]
+    assert counts["kept"] == 32
+    for name in ("tokens", "trained_tokens"):
+        assert sum(records(lora_run, name).values()) == 3 * counts[name]
+    assert all(0 < mfu < 1 for mfu in records(lora_run, "mfu").values())
     assert (lora_run / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert list((lora_run / "tensorboard").iterdir())
     # The decoder loads base + adapter, and transformers the merged directory, as one model.
@@ -113,6 +134,21 @@ def test_full_fine_tuning_learns(base, tmp_path):
     assert all((before[name] != after[name]).any() for name in before)
 
 
+def test_consistent_proxy_tuning(base, lora_run, tmp_path):
+    """From the first step on the loss is that of M: M- + (M - M-)."""
+    large = tmp_path / "large"
+    trios.make_model("llama", 320, 7, num_hidden_layers=3).save_pretrained(large)
+    trios.make_tokenizer().save_pretrained(large)
+    fields = {"lora__rank": 2, "optimizer__warmup_ratio": 1.0, "consistent__base": str(large)}
+    sft.main(config_of(base, tmp_path / "run", **fields, consistent__alpha_train=1.0))
+    sft.main(config_of(large, tmp_path / "alone", data__path=str(base / "rows.jsonl"), epochs=1))
+    ours, theirs = records(tmp_path / "run"), records(tmp_path / "alone")
+    # Offsets are float16, and rows of the output that no token uses get none.
+    assert ours[1] == pytest.approx(theirs[1], rel=3e-3)
+    assert records(lora_run)[1] != pytest.approx(theirs[1], rel=1e-2)
+    assert ours[max(ours)] < ours[1]
+
+
 def test_interrupted_runs_end_with_the_same_parameters(base, lora_run, tmp_path, monkeypatch):
     config = config_of(base, tmp_path, lora__rank=2, lora__dropout=0.1)
     whole = sft.train_step
@@ -133,25 +169,104 @@ def test_interrupted_runs_end_with_the_same_parameters(base, lora_run, tmp_path,
     assert (tmp_path / name).read_bytes() == (lora_run / name).read_bytes()
 
 
-def test_killed_at_random(base, lora_run, tmp_path):
-    """SIGKILL in another process; the loop of five kills takes too long for every run."""
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
+def test_signals(base, lora_run, tmp_path, kind):
+    """In another process. The loop of five kills takes too long for every run: tests/real."""
     config = config_of(base, tmp_path, lora__rank=2, lora__dropout=0.1)
-    script = (
-        "import json, sys; from configs.train.defaults import sft as defaults;"
-        "from train import sft;"
-        "config = defaults(); config.update(json.loads(sys.argv[1])); sft.main(config)"
+    if kind == signal.SIGTERM:
+        config.checkpoint_every = 1000  # only the signal makes one
+    process = subprocess.Popen(
+        command_of(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    command = [sys.executable, "-c", script, json.dumps(config.to_dict())]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    checkpoints = tmp_path / "checkpoints"
-    while process.poll() is None and not list(checkpoints.glob("[0-9]*")):
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
+    begun = (
+        (lambda: metrics.exists() and metrics.stat().st_size)
+        if kind == signal.SIGTERM
+        else (lambda: list(checkpoints.glob("[0-9]*")))
+    )
+    while process.poll() is None and not begun():
+        time.sleep(0.01)
+    assert begun()
+    process.send_signal(kind)
+    output, _ = process.communicate()
     assert not (tmp_path / "expert").exists()
+    if kind == signal.SIGTERM:
+        assert process.returncode == 128 + signal.SIGTERM
+        assert b"stopped by SIGTERM after step" in output
+        assert list(checkpoints.glob("[0-9]*"))
     sft.main(config)
     name = Path("expert") / "adapter" / "adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (lora_run / name).read_bytes()
+
+
+def test_goes_on_on_another_mesh(base, lora_run, tmp_path, monkeypatch):
+    fields = {"lora__rank": 2, "lora__dropout": 0.1}
+    whole = sft.train_step
+
+    def step(recipe, state, *rest):
+        if int(state.step) == 7:
+            raise KeyboardInterrupt
+        return whole(recipe, state, *rest)
+
+    monkeypatch.setattr(sft, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        sft.main(config_of(base, tmp_path, **fields))
+    monkeypatch.setattr(sft, "train_step", whole)
+    sft.main(config_of(base, tmp_path, **fields, mesh__data=2, mesh__tensor=2))
+    assert records(tmp_path) == pytest.approx(records(lora_run), rel=1e-4)
+    name = Path("expert") / "adapter" / "adapter_model.safetensors"
+    ours, theirs = load_file(tmp_path / name), load_file(lora_run / name)
+    for key in theirs:
+        np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4, err_msg=key)
+
+
+def test_two_processes(base, tmp_path):
+    """Two processes of four devices train as one process of eight."""
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    fields = {"batch_size": 4, "epochs": 1, "lora__rank": 2, **mesh}
+    sft.main(config_of(base, tmp_path / "one", **fields))
+    config = config_of(base, tmp_path / "two", **fields, distributed=True)
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    processes = [
+        subprocess.Popen(
+            command_of(config, "import launch; launch.join_processes(); "),
+            env={**environment, "JAX_PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [b"merged weights" in output for output in outputs] == [True, False]
+    ours, theirs = (records(tmp_path / name) for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_from_random_weights(base, tmp_path):
+    architecture = json.loads((base / "config.json").read_text())
+    config = config_of(base, tmp_path, base="", tokenizer=str(base), epochs=6)
+    config.architecture = ConfigDict(architecture)
+    sft.main(config)
+    losses = list(records(tmp_path).values())
+    assert losses[0] > 4
+    assert losses[-1] < 0.5 * losses[0]
+    # The run's checkpoint, read by the decoder, is the model that transformers reads.
+    ids = jnp.arange(3, 20)[None]
+    with torch.no_grad():
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "expert")
+        expected = model(torch.tensor(np.asarray(ids))).logits.numpy()
+    loaded = load_trio(str(tmp_path))
+    positions = jnp.arange(ids.shape[1])[None]
+    found, _ = decoder.apply(loaded.passes[0].config, loaded.params[0], ids, positions)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_nan_names_step_and_lines(base, tmp_path, monkeypatch):
@@ -173,6 +288,13 @@ def test_nan_names_step_and_lines(base, tmp_path, monkeypatch):
         ({"data__path": ""}, "data.path is empty"),
         ({"remat": "some"}, "remat 'some' is unknown"),
         ({"layers": "some"}, "layers 'some' is unknown"),
+        ({"base": ""}, "base names the model to tune, .* neither is set"),
+        ({"architecture": ConfigDict({"model_type": "llama"})}, "both are set"),
+        (
+            {"base": "", "architecture": ConfigDict({"model_type": "llama"})},
+            "tokenizer is empty: which one goes with the architecture",
+        ),
+        ({"consistent__alpha_train": 1.0}, "alpha_train and consistent.base go together"),
         ({"accumulate": 3}, "batch_size 2 does not divide into 3 micro-batches"),
         ({"lora__modules": ("q",)}, "lora.modules: 'q' is not one of"),
         ({"held_out": 40}, "cannot hold out 40 of 40 rows"),

@@ -1,0 +1,143 @@
+"""How fast the training step is: tokens a second, MFU and memory, against the Trainer if asked.
+
+    python -m train.benchmark --config=configs/train/qwen_gguf_gsm.py \\
+        --config.data.path=rows.jsonl --config.benchmark.compare=torch
+
+Takes a training config: its model, its first batch, its dtype. Nothing is saved but the figures:
+benchmark.json in the output directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import launch
+import manifest
+from proxy_jax.errors import InputError
+from proxy_jax.models.decoder import REMAT
+from proxy_jax.sharding import Placement
+from train.data import Batches
+from train.flops import peak_flops, step_flops
+from train.job import (
+    XLA_FLAGS,
+    check_config,
+    initial_state,
+    make_batching,
+    make_recipe,
+    micro_batches,
+    read_examples,
+    training_placement,
+)
+from train.start import Start, open_start
+from train.step import train_step
+from train.torch_trainer import trainer_step_seconds
+
+_GIB = 2**30
+
+
+def main(config: ConfigDict) -> None:
+    """One row of the table after another; then the file."""
+    check_config(config)
+    settings = config.benchmark
+    if settings.compare not in ("", "torch"):
+        raise InputError(f"benchmark.compare {settings.compare!r} is unknown; use torch")
+    if unknown := set(settings.remat) - set(REMAT):
+        raise InputError(f"benchmark.remat {min(unknown)!r} is unknown; known: {', '.join(REMAT)}")
+    start = open_start(config)
+    place = training_placement(config, start.model)
+    (examples, _), _ = read_examples(config, start.tokenizer)
+    batch = next(iter(Batches(examples, make_batching(config, 1))))
+    peak = peak_flops(config.compute_dtype)
+    print(
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.compute_dtype}, "
+        f"{peak / 1e12:.2f} TFLOP/s at best; a batch of {config.batch_size} rows of "
+        f"{config.max_length}, {int((batch['segments'] > 0).sum())} tokens"
+    )
+    rows: list[dict[str, Any]] = []
+    for rank in settings.ranks or (config.lora.rank,):
+        config.lora.rank = rank
+        ours, metrics = measure(config, start, batch, place)
+        rows.append(ours)
+        if settings.compare:
+            seconds = trainer_step_seconds(
+                start.checkpoint.hf_config if start.checkpoint else config.architecture.to_dict(),
+                batch,
+                steps=settings.steps,
+                bfloat16=config.compute_dtype == "bfloat16",
+                rank=rank,
+                modules=config.lora.modules,
+                recompute=config.remat != "none",
+            )
+            rows.append({"by": "torch", "rank": rank, "seconds": seconds})
+        flops = step_flops(start.model, metrics, lora=rank > 0)
+        for row in rows[-2:] if settings.compare else rows[-1:]:
+            median = statistics.median(row["seconds"])
+            row |= {
+                "tokens_per_second": metrics["tokens"] / median,
+                "mfu": flops / median / peak,
+            }
+            print(describe(row))
+    directory = Path(config.output_dir).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()], "rows": rows}
+    manifest.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
+
+
+def measure(
+    config: ConfigDict, start: Start, batch: dict[str, np.ndarray], place: Placement
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Times the step under the config's remat policy, and asks the compiler about the others.
+
+    Returns:
+      A row of the table, and the metrics of the last step.
+    """
+    recipe = make_recipe(config, start.model, config.benchmark.steps + 1, place)
+    state, frozen = initial_state(config, recipe, start)
+    read = {name: value for name, value in batch.items() if name != "lines"}
+    arrays = micro_batches(config, place, read)
+    memory, step = {}, None
+    for remat in dict.fromkeys((config.remat, *config.benchmark.remat)):
+        other = dataclasses.replace(recipe, remat=remat)
+        compiled = train_step.lower(other, state, frozen, arrays).compile()
+        analysis = compiled.memory_analysis()
+        memory[remat] = analysis.temp_size_in_bytes if analysis else None
+        step = step or compiled
+    assert step is not None
+    seconds = []
+    for i in tqdm(range(config.benchmark.steps + 1), unit="step", leave=False):
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, frozen, arrays))
+        if i:  # the first touches memory that the others find warm
+            seconds.append(time.perf_counter() - started)
+    row = {"by": "proxy_jax", "rank": config.lora.rank, "remat": config.remat, "seconds": seconds}
+    return row | {"temporary_bytes": memory}, {k: float(v) for k, v in metrics.items()}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of the table, as text."""
+    seconds = row["seconds"]
+    kind = f"LoRA, rank {row['rank']}" if row["rank"] else "full"
+    memory = ", ".join(
+        f"remat {name} {size / _GIB:.2f} GiB"
+        for name, size in row.get("temporary_bytes", {}).items()
+        if size is not None
+    )
+    return (
+        f"{row['by']:10} {kind:14} {statistics.median(seconds):7.2f} s a step "
+        f"({min(seconds):.2f} to {max(seconds):.2f}), {row['tokens_per_second']:6.0f} tokens/s, "
+        f"MFU {row['mfu']:.0%}" + (f"; temporary memory: {memory}" if memory else "")
+    )
+
+
+if __name__ == "__main__":
+    launch.run(main, xla_flags=XLA_FLAGS)

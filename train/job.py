@@ -1,0 +1,181 @@
+"""A training job as its config says: what is checked, and the parts it is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from proxy_jax.errors import InputError
+from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.decoder import REMAT, Params
+from proxy_jax.models.lora import MODULES, init_adapter
+from proxy_jax.sharding import TRAINING, Placement, make_mesh
+from proxy_jax.trio import ModelSpec, open_trio
+from train.data import Batching
+from train.examples import Counts, Example, hold_out, make_examples, read_rows
+from train.offsets import with_offsets
+from train.optimizer import OptimizerConfig, make_optimizer
+from train.start import Start
+from train.step import Recipe, TrainState, new_state
+
+# On CPU XLA would start whatever it can as early as it can, and so hold more at once than the
+# memory near it has room for: LoRA on a 0.5B in rows of 4 x 512 took 27 s a step and not 20.
+XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def check_config(config: ConfigDict) -> None:
+    """Refuses what can be told from the config alone.
+
+    Raises:
+      InputError: names what is missing, unknown, or does not fit.
+    """
+    if not config.output_dir:
+        raise InputError("output_dir is empty")
+    if not config.data.path:
+        raise InputError("data.path is empty: which rows are trained on?")
+    if unknown := set(config.lora.modules) - set(MODULES):
+        raise InputError(f"lora.modules: {sorted(unknown)[0]!r} is not one of {', '.join(MODULES)}")
+    if config.remat not in REMAT:
+        raise InputError(f"remat {config.remat!r} is unknown; known: {', '.join(REMAT)}")
+    if config.layers not in ("auto", "scanned", "unrolled"):
+        raise InputError(f"layers {config.layers!r} is unknown; use auto, scanned or unrolled")
+    consistent = config.consistent
+    if bool(consistent.alpha_train) != bool(consistent.base):
+        raise InputError("consistent.alpha_train and consistent.base go together: set both or none")
+    if consistent.base and not config.base:
+        raise InputError("consistent.base is set: base must name the small model, M-")
+    if config.batch_size % config.accumulate:
+        raise InputError(
+            f"batch_size {config.batch_size} does not divide into {config.accumulate} micro-batches"
+        )
+
+
+def read_examples(
+    config: ConfigDict, tokenizer: Any
+) -> tuple[tuple[list[Example], Counts], tuple[list[Example], Counts]]:
+    """The examples to train on and the held-out ones, each with what became of the rows."""
+    rows = read_rows(config.data.path, config.data.subset, config.data.split)
+    train, held = hold_out(rows[: config.data.limit or None], config.held_out)
+    encode = lambda rows: make_examples(  # noqa: E731
+        rows, config.data.format, tokenizer, config.max_length
+    )
+    return encode(train), encode(held) if held else ([], Counts())
+
+
+def add_offsets(
+    config: ConfigDict,
+    directory: Path,
+    examples: list[Example],
+    held: list[Example],
+    place: Placement,
+    progress: Callable[[int, int], object],
+) -> tuple[list[Example], list[Example]]:
+    """The examples with what the large model adds to their logits; see train.offsets."""
+    trio = open_trio(
+        {
+            role: ModelSpec(os.path.expandvars(path), config.compute_dtype)
+            for role, path in (("base", config.consistent.base), ("antiexpert", config.base))
+        }
+    )
+    both = with_offsets(
+        [*examples, *held],
+        trio,
+        directory / "offsets",
+        place,
+        stacked_layers=stacked_layers(config),
+        progress=progress,
+    )
+    return both[: len(examples)], both[len(examples) :]
+
+
+def stacked_layers(config: ConfigDict) -> bool:
+    """Whether layers are scanned."""
+    known = {"auto": jax.default_backend() != "cpu", "scanned": True, "unrolled": False}
+    return known[config.layers]
+
+
+def training_placement(config: ConfigDict, model: ModelConfig) -> Placement:
+    """The mesh, and the rules of training.
+
+    Raises:
+      InputError: a mesh that does not fit the devices, or does not divide the model or the batch.
+    """
+    rules = dataclasses.replace(TRAINING, **dict.fromkeys(config.replicate))
+    place = Placement(make_mesh(config.mesh.to_dict()), rules)
+    place.check(model, "base")
+    place.check_divides("batch", config.batch_size // config.accumulate, "rows of a micro-batch")
+    return place
+
+
+def make_batching(config: ConfigDict, epochs: int) -> Batching:
+    """How the config's examples become batches of this process."""
+    return Batching(
+        batch_size=config.batch_size,
+        length=config.max_length,
+        seed=config.seed,
+        epochs=epochs,
+        packing=config.packing,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def micro_batches(
+    config: ConfigDict, place: Placement, batch: dict[str, np.ndarray]
+) -> dict[str, jax.Array]:
+    """This process's rows [B / P, ...] as its part of arrays [A, B / A, ...] on the mesh."""
+    cut = lambda x: x.reshape(config.accumulate, -1, *x.shape[1:])  # noqa: E731
+    return {name: _on_mesh(place, cut(x), (None, "batch")) for name, x in batch.items()}
+
+
+def whole_batch(place: Placement, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows [B / P, ...] as its part of arrays [B, ...] on the mesh."""
+    return {name: _on_mesh(place, x, ("batch",)) for name, x in batch.items()}
+
+
+def _on_mesh(place: Placement, x: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
+    sharding = place.sharding((*axes, *(None,) * (x.ndim - len(axes))))
+    return jax.make_array_from_process_local_data(sharding, x)
+
+
+def optimizer_config(config: ConfigDict) -> OptimizerConfig:
+    """AdamW as the config says."""
+    return OptimizerConfig(**config.optimizer.to_dict())
+
+
+def make_recipe(config: ConfigDict, model: ModelConfig, steps: int, place: Placement) -> Recipe:
+    """The compiled step of a training of so many steps."""
+    lora = config.lora
+    return Recipe(
+        model=model,
+        optimizer=make_optimizer(optimizer_config(config), steps),
+        compute_dtype=config.compute_dtype,
+        remat=config.remat,
+        place=place,
+        lora_scale=lora.alpha / lora.rank if lora.rank else None,
+        lora_dropout=lora.dropout,
+        alpha_train=config.consistent.alpha_train,
+    )
+
+
+def initial_state(
+    config: ConfigDict, recipe: Recipe, start: Start
+) -> tuple[TrainState, Params | None]:
+    """The state before the first step, and the frozen weights that an adapter is trained beside."""
+    key, adapter_key, weights_key = jax.random.split(jax.random.key(config.seed), 3)
+    # What is trained stays float32; what is not is only computed with.
+    dtype = config.compute_dtype if config.lora.rank else "float32"
+    stacked = stacked_layers(config)
+    params = start.params(dtype, recipe.place, weights_key, stacked=stacked)
+    if not config.lora.rank:
+        return new_state(recipe, params, key), None
+    adapter = init_adapter(params, config.lora.modules, config.lora.rank, adapter_key)
+    # Small: every device holds all of it.
+    return new_state(recipe, jax.device_put(adapter, recipe.place.sharding(())), key), params
