@@ -59,6 +59,15 @@ def test_on_eight_devices(llama, lora):
     assert complete(load_trio(**specs(llama, adapter), plan="shared", place=place)) == answers
 
 
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
 def test_weights_are_there_and_read_once(llama, lora):
     """The step's program has one product with each weight of the small model, of twice the rows."""
     loaded = load_trio(**specs(llama, lora[0]), plan="shared")
@@ -76,7 +85,7 @@ def test_weights_are_there_and_read_once(llama, lora):
     vocabulary = llama.models["antiexpert"].config.vocab_size
     heads = [
         eqn
-        for eqn in jaxpr.eqns
+        for eqn in equations(jaxpr.jaxpr)
         if eqn.primitive.name == "dot_general" and vocabulary in eqn.invars[1].aval.shape
     ]
     assert [eqn.outvars[0].aval.size for eqn in heads] == [2 * 4 * vocabulary]

@@ -1,9 +1,10 @@
-"""A job of 200 prompts, killed at five random moments, on a real model."""
+"""A decoding of 200 prompts and a training, each killed at five random moments, on a real model."""
 
 import random
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from tests.real.test_real_trio import questions  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.real_trio
-CONFIG = """
+DECODING = """
 from configs.defaults import decoding
 
 
@@ -31,17 +32,40 @@ def get_config():
 """
 
 
-def test_five_kills_change_nothing(smollm2_path, questions, tmp_path):  # noqa: F811
-    config = tmp_path / "config.py"
-    config.write_text(CONFIG.format(path=str(smollm2_path), prompts=str(questions)))
+TRAINING = """
+from configs.train.defaults import sft
+
+
+def get_config():
+    config = sft()
+    config.base = {path!r}
+    config.data.path = {rows!r}
+    config.data.limit = 64
+    config.held_out = 4
+    config.max_length = 256
+    config.lora.rank = 4
+    config.lora.dropout = 0.1
+    config.optimizer.learning_rate = 1e-3
+    config.batch_size = 2
+    config.compute_dtype = "float32"
+    config.eval_every = 8
+    config.checkpoint_every = 2
+    return config
+"""
+
+
+def run_with_kills(program: str, config: Path, progress: Callable[[], int]) -> list[int]:
+    """Runs a program to its end once in `whole`, and with five kills in `killed`.
+
+    Returns what had been done at each kill.
+    """
 
     def start(name: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "decode.generate", f"--config={config}"]
-        return subprocess.Popen([*command, f"--config.output_dir={tmp_path / name}"])
+        command = [sys.executable, "-m", program, f"--config={config}"]
+        return subprocess.Popen([*command, f"--config.output_dir={config.parent / name}"])
 
-    outputs = [tmp_path / name / "outputs.jsonl" for name in ("whole", "killed")]
     assert start("whole").wait() == 0
-    rng, rows = random.Random(0), []
+    rng, done = random.Random(0), []
     for _ in range(5):
         process = start("killed")
         try:
@@ -49,9 +73,35 @@ def test_five_kills_change_nothing(smollm2_path, questions, tmp_path):  # noqa: 
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        rows.append(outputs[1].read_bytes().count(b"\n") if outputs[1].exists() else 0)
+        done.append(progress())
     assert start("killed").wait() == 0
+    return done
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_decoding(smollm2_path, questions, tmp_path):  # noqa: F811
+    config = tmp_path / "config.py"
+    config.write_text(DECODING.format(path=str(smollm2_path), prompts=str(questions)))
+    outputs = [tmp_path / name / "outputs.jsonl" for name in ("whole", "killed")]
+    rows = run_with_kills("decode.generate", config, lambda: lines(outputs[1]))
     assert rows == sorted(rows)
-    assert len(outputs[0].read_bytes().splitlines()) == 200
-    whole, killed = (Path(output).read_bytes() for output in outputs)
-    assert whole == killed
+    assert lines(outputs[0]) == 200
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_training(smollm2_path, questions, tmp_path):  # noqa: F811
+    rows = tmp_path / "rows.jsonl"
+    convert = [sys.executable, "-m", "train.convert", "gsm8k", questions, rows]
+    subprocess.run(convert, check=True)
+    config = tmp_path / "config.py"
+    config.write_text(TRAINING.format(path=str(smollm2_path), rows=str(rows)))
+    metrics = [tmp_path / name / "metrics.jsonl" for name in ("whole", "killed")]
+    steps = run_with_kills("train.sft", config, lambda: lines(metrics[1]))
+    print("records at each kill:", steps)
+    assert max(steps) > 0
+    for file in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        whole, killed = (tmp_path / name / "expert" / file for name in ("whole", "killed"))
+        assert whole.read_bytes() == killed.read_bytes(), file
