@@ -1,0 +1,322 @@
+"""Runs any task of lm-evaluation-harness on a trio.
+
+    python -m decode.lm_eval --model proxy_jax --tasks arc_easy,gsm8k --output_path runs/arc \\
+        --model_args config=configs/smollm2_1_7b.py,alpha=0.7
+
+The command line is lm_eval's own, with one more model. Its arguments: `config`, a config file;
+`base`, `expert` and `antiexpert`, short for base.path and so on; `dtype`, short for that of all
+three; `max_length`; and any field of the config by its dotted name (expert.template=chat,
+mesh.tensor=8). In Python: import this module, then lm_eval.simple_evaluate("proxy_jax", ...).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import logging
+import runpy
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import launch
+from configs.defaults import decoding
+from decode import job
+from decode.generate import load_with_progress
+from decode.requests import Options, Request, as_schedule
+from decode.sampling import Sampling, Truncation
+from decode.scheduler import Generator, longest_contexts
+from decode.score import Passage, Scorer
+from proxy_jax.errors import InputError
+from proxy_jax.tokenization import Prompt
+from proxy_jax.trio import ROLES, Role, open_trio
+
+_GENERATION = (
+    "until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty",
+)  # fmt: skip
+_log = logging.getLogger(__name__)
+_Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("proxy_jax")
+class ProxyLM(TemplateLM):
+    """A trio as a model of lm-evaluation-harness.
+
+    Texts are tokenised as its Hugging Face model does it, with M's tokenizer. A role whose
+    template is not "raw" reads each request's context through the template; if the context ends
+    with the config's response_prefix, the answer begins with it. Contexts that are too long are
+    cut on the left. Texts that come without a context (perplexity) are read without a template.
+
+    Args:
+      config: path of a config file; without one, configs/defaults.py.
+      batch_size: as given to lm_eval; its default of 1, "auto" and None leave the config's.
+      max_length: longest context and continuation; by default what all models have room for.
+      device, max_batch_size: lm_eval's; without effect.
+      fields: of the config, by their dotted names; see the module.
+
+    Raises:
+      InputError: a field that is unknown, or a trio that cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        config: str = "",
+        batch_size: int | str | None = None,
+        max_length: int | None = None,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+        **fields: Any,
+    ):
+        super().__init__()
+        if batch_size not in (None, "auto", 1, "1"):
+            fields["batch_size"] = int(batch_size)
+        self.config = read_config(config, fields)
+        self.options = job.options(self.config)
+        place, stacked_layers = job.placement(self.config), job.stacked_layers(self.config)
+        trio = open_trio(job.model_specs(self.config))
+        trio.check_placement(place)
+        trio.check_weights()
+        place.check_divides("batch", self.options.batch_size, "batch_size")
+        self.trio, self.tokenizer = trio, trio.tokenizer
+        room = min(member.config.max_positions for member in trio.members.values())
+        self.max_length = min(room, max_length or room)
+        self.loaded = load_with_progress(trio, self.config, place, stacked_layers)
+        self.scorer = Scorer(
+            self.loaded,
+            [self.options.alpha],
+            beta=self.options.beta,
+            base_filter=self.options.base_filter,
+            batch_size=self.options.batch_size,
+        )
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        begin = self.tokenizer.bos_token_id
+        return self.eot_token_id if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Identifies the prompts that lm_eval caches."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as M's chat template renders it.
+
+        Raises:
+          InputError: a role has a template of its own, which would wrap the whole conversation.
+        """
+        own = [role for role, m in self.trio.members.items() if m.template.spec != "raw"]
+        if own:
+            raise InputError(
+                f"--apply_chat_template: {own[0]} has a template in the config; use one of the two"
+            )
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm_eval writes beside its results: the resolved config."""
+        return {"proxy_jax": self.config.to_dict()}
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Ids of a text; without a flag, the tokenizer's BOS is not doubled."""
+        if add_special_tokens is None:
+            begin = self.tokenizer.decode(self.prefix_token_id)
+            add_special_tokens = not string.startswith(begin)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihoods of whole texts, in windows of max_length."""
+        windows: list[_Encoded] = []
+        sources = []
+        for index, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                windows.append((None, *make_disjoint_window(window)))
+                sources.append(index)
+        totals = [0.0] * len(requests)
+        found = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for index, (log_prob, _) in zip(sources, found, strict=True):
+            totals[index] += log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Completions of contexts, each cut at its own stop strings."""
+        texts = [""] * len(requests)
+        groups: dict[str, list[int]] = collections.defaultdict(list)
+        for index, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(index)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for members in groups.values():
+                settings = requests[members[0]].args[1]
+                options, until = self._generation(settings)
+                todo = [
+                    self._request(i, requests[i].args[0], options.max_new_tokens) for i in members
+                ]
+                generator = Generator(self.loaded, options)
+                for done in generator.stream(todo, longest_contexts(todo)):
+                    for completion in done:
+                        ids = completion.token_ids
+                        ids = ids[:-1] if completion.finish_reason == "eos" else ids
+                        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                        text = postprocess_generated_text(text, until, None)
+                        texts[completion.row] = text
+                        given = requests[completion.row].args
+                        self.cache_hook.add_partial("generate_until", given, text)
+                    bar.update(len(done))
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Encoded], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        passages = []
+        for texts, context, continuation in requests:
+            # All but the last token of the continuation are read.
+            contexts = self._contexts(texts[0] if texts else "", context, len(continuation) - 1)
+            passages.append(Passage(contexts, continuation))
+        answers = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for index, score in self.scorer.stream(passages):
+                answers[index] = float(score.totals[0]), bool(score.all_greedy[0])
+                texts = requests[index][0]
+                if texts is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answers[index])
+                bar.update()
+        return answers
+
+    def _contexts(self, text: str, ids: list[int], more: int) -> dict[Role, list[int]]:
+        """What each role reads as context: ids, or the text as its template renders it.
+
+        Cut on the left so that `more` tokens have room behind.
+        """
+        text, prefix = text.rstrip(), self.config.response_prefix
+        if not text.endswith(prefix):
+            prefix = ""
+        prompt = Prompt(text.removesuffix(prefix), self.config.system_prompt, prefix)
+        room = max(1, self.max_length - more)
+        contexts = {}
+        for role, member in self.trio.members.items():
+            read = ids
+            if text and member.template.spec != "raw":
+                read = member.template.encode(prompt, self.tokenizer, member.tokenizer, role)
+            if len(read) > room:
+                _log.warning("%s: %d tokens of context are cut to %d", role, len(read), room)
+            contexts[role] = read[-room:]
+        return contexts
+
+    def _request(self, row: int, text: str, new_tokens: int) -> Request:
+        ids = self.tok_encode(text) or [self.prefix_token_id]
+        contexts = self._contexts(text, ids, new_tokens)
+        return Request(row, contexts, as_schedule(self.options.alpha), new_tokens)
+
+    def _generation(self, settings: Mapping[str, Any]) -> tuple[Options, list[str]]:
+        """A task's generation_kwargs as options, and its stop strings.
+
+        Raises:
+          InputError: a setting that is not known, or leaves no room for a context.
+        """
+        given = normalize_gen_kwargs(dict(settings), self.config.max_new_tokens)
+        if unknown := set(given) - set(_GENERATION):
+            raise InputError(
+                f"generation_kwargs: {sorted(unknown)[0]!r} is not one of {', '.join(_GENERATION)}"
+            )
+        if given["max_gen_toks"] >= self.max_length:
+            raise InputError(
+                f"generation_kwargs: max_gen_toks of {given['max_gen_toks']} leaves no room for a "
+                f"context in max_length of {self.max_length}"
+            )
+        until = [text for text in given["until"] if text]
+        # A special token is not in the text that stop strings are sought in; its id ends it.
+        alone = [self.tok_encode(text, add_special_tokens=False) for text in until]
+        hidden = [ids for ids in alone if not self.tokenizer.decode(ids, skip_special_tokens=True)]
+        special = {ids[0] for ids in hidden if len(ids) == 1}
+        ends = self.trio.eos_ids() if self.options.eos_ids is None else self.options.eos_ids
+        sampling = Sampling()
+        if given["do_sample"] and given["temperature"]:
+            truncation = {name: given.get(name) for name in ("top_k", "top_p", "min_p")}
+            sampling = Sampling(given["temperature"], Truncation(**truncation))
+        options = dataclasses.replace(
+            self.options,
+            max_new_tokens=given["max_gen_toks"],
+            sampling=sampling,
+            stop=tuple(until),
+            repetition_penalty=given.get("repetition_penalty", self.options.repetition_penalty),
+            eos_ids=tuple(sorted({*ends, *special})),
+        )
+        return options, until
+
+
+def read_config(path: str, fields: Mapping[str, Any]) -> ConfigDict:
+    """A config file, or the defaults, with fields set as on a command line.
+
+    Args:
+      path: of a Python file with get_config(); may be empty.
+      fields: by dotted name; "base" is short for "base.path" (and so on), "dtype" for the dtypes
+        of all roles.
+
+    Raises:
+      InputError: a file that cannot be run, an unknown field, or a value of another type.
+    """
+    try:
+        config = runpy.run_path(path)["get_config"]() if path else decoding()
+    except Exception as error:  # whatever the user's file makes it raise
+        raise InputError(f"config {path}: {error!r}") from error
+    for name, value in fields.items():
+        names: Iterable[str] = (name,)
+        if name in ROLES:
+            names = (f"{name}.path",)
+        elif name == "dtype":
+            names = (f"{role}.dtype" for role in ROLES)
+        for full in names:
+            try:
+                config.update_from_flattened_dict({full: value})
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise InputError(f"model_args: {name}={value!r}: {error}") from error
+    return config
+
+
+def main() -> None:
+    """lm_eval's command line. Bad input ends it in one line, with status 2."""
+    launch.use_compilation_cache()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(launch.BAD_INPUT)
+
+
+if __name__ == "__main__":
+    main()

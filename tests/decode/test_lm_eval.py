@@ -1,0 +1,298 @@
+"""lm-evaluation-harness on a trio, offline: equal to its own Hugging Face model, and to a loop."""
+
+import functools
+import json
+import sys
+from typing import Any
+
+import pytest
+import yaml
+
+from proxy_jax.errors import InputError
+from tests import trios
+from tests.decode.test_score import expected, shifted
+from tests.trios import PROMPTS, TOKENS, make_model, make_tokenizer, write_trio
+
+pytest.importorskip("lm_eval")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from decode import lm_eval as adapter
+from decode.score import Passage
+
+LENGTH = 64  # of contexts and continuations, less than the models': contexts are cut
+LONG = "the large model is not what the small model is; " * 8
+DOCS = [
+    {"question": "one two three", "choices": [" four", " apples and", " é"], "answer": 0},
+    {"question": "The capital of France is: ", "choices": ["Paris", "two apples"], "answer": 1},
+    {"question": LONG + "A", "choices": [" question", " model and models"], "answer": 1},
+    {
+        "question": "Q: how many apples are left?\nAnswer:",
+        "choices": [" se\nven", " x"],
+        "answer": 0,
+    },
+    {"question": "", "choices": ["apples", "The small model"], "answer": 0},
+]
+TASKS: dict[str, dict[str, Any]] = {
+    "choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+    },
+    "perplexity": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{question}}{{choices[1]}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    },
+    "generation": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}{{choices[0]}}",
+        "doc_to_target": "{{choices[1]}}",
+        "generation_kwargs": {"until": ["e", "</s>"], "max_gen_toks": 12, "do_sample": False},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A directory of task files over one file of documents."""
+    directory = tmp_path_factory.mktemp("tasks")
+    docs = directory / "docs.jsonl"
+    docs.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
+    for name, fields in TASKS.items():
+        data: dict[str, Any] = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(docs)}},
+            "test_split": "test",
+        }
+        (directory / f"{name}.yaml").write_text(yaml.safe_dump({**data, **fields}))
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_DATASETS_OFFLINE", "1")
+    patch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """A model without padding rows, which transformers would let draw."""
+    model = make_model("llama", TOKENS, 7, num_hidden_layers=1)
+    return write_trio(tmp_path_factory.mktemp("single"), {"base": model})
+
+
+def evaluate(model, model_args, tasks, **fields):
+    """The answers of each document of each task."""
+    results = lm_eval.simple_evaluate(
+        model=model,
+        model_args=model_args,
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+        **fields,
+    )
+    answers = {
+        task: [[resp[0] for resp in sample["resps"]] for sample in samples]
+        for task, samples in results["samples"].items()
+    }
+    return answers, results
+
+
+def test_equal_to_transformers(single, tasks):
+    path = str(single.paths["base"])
+    arguments = {"base": path, "dtype": "float32", "max_length": LENGTH}
+    ours, results = evaluate("proxy_jax", arguments, tasks, batch_size=4)
+    arguments = {"pretrained": path, "dtype": "float32", "max_length": LENGTH}
+    theirs, _ = evaluate("hf", arguments, tasks, batch_size=2, device="cpu")
+    for one, other in zip(ours["choice"], theirs["choice"], strict=True):
+        assert [log_prob for log_prob, _ in one] == pytest.approx(
+            [log_prob for log_prob, _ in other], abs=1e-3
+        )
+        assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
+    for one, other in zip(ours["perplexity"], theirs["perplexity"], strict=True):
+        assert one == pytest.approx(other, abs=1e-3)
+    assert ours["generation"] == theirs["generation"]
+    assert len({text for [text] in ours["generation"]}) > 2
+    assert results["config"]["proxy_jax"]["base"]["path"] == path
+    assert results["config"]["proxy_jax"]["batch_size"] == 4
+
+
+def instances(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=given, idx=i)
+        for i, given in enumerate(arguments)
+    ]
+
+
+def test_tokenizer_with_bos(tmp_path):
+    """It is not doubled where a text has it, and stands before a text without a context."""
+    model = make_model("llama", TOKENS, 8, num_hidden_layers=1)
+    trio = write_trio(tmp_path, {"base": model}, {"base": make_tokenizer(bos=True)})
+    path = str(trio.paths["base"])
+    ours = adapter.ProxyLM(base=path, dtype="float32")
+    theirs = HFLM(pretrained=path, dtype="float32", device="cpu", batch_size=4)
+    for text in ("one two", "<s>one two", ""):
+        assert ours.tok_encode(text) == theirs.tok_encode(text)
+    pairs = [("", "one two"), ("", "<s>one two"), ("<s>A", " question"), ("A ", "question")]
+    found = ours.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    wanted = theirs.loglikelihood(instances("loglikelihood", pairs), disable_tqdm=True)
+    assert [x for x, _ in found] == pytest.approx([x for x, _ in wanted], abs=1e-3)
+    texts = instances("loglikelihood_rolling", [("one two",), ("",)])
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(
+        theirs.loglikelihood_rolling(texts), abs=1e-3
+    )
+
+
+@pytest.fixture(scope="module")
+def trio_model(llama):
+    roles: dict[str, Any] = {role: str(path) for role, path in llama.paths.items()}
+    return adapter.ProxyLM(
+        **roles,
+        **{"expert.template": llama.templates["expert"]},
+        dtype="float32",
+        plan="stacked",
+        alpha=0.5,
+        response_prefix=" Answer:",
+    )
+
+
+def test_log_likelihoods_of_a_trio(llama, trio_model):
+    """M+ reads the context through its template, and the response prefix after it."""
+    pairs = [
+        ("Question: how many apples are left? Answer:", " seven", True),
+        ("one two three ", "four five six seven, and models and models", False),
+    ]
+    passages = []
+    for context, continuation, prefixed in pairs:
+        ids = llama.ids(context.rstrip())
+        if prefixed:
+            inside = llama.templates["expert"].format(prompt=context.removesuffix(" Answer:"))
+            ids["expert"] = llama.tokenizers["base"](inside + " Answer:")["input_ids"]
+        new = llama.ids(context + continuation)["base"][len(ids["base"]) :]
+        passages.append(Passage(ids, new))
+    requests = instances("loglikelihood", [pair[:2] for pair in pairs])
+    found = trio_model.loglikelihood(requests, disable_tqdm=True)
+    answers = expected(llama, passages, shifted(llama, [0.5]))
+    for (log_prob, greedy), (log_probs, likeliest) in zip(found, answers, strict=True):
+        assert log_prob == pytest.approx(log_probs.sum(), abs=1e-3)
+        assert greedy == likeliest.all()
+
+
+def test_texts_without_a_context(llama, trio_model):
+    """Nobody's template wraps them."""
+    ids = [trios.BOS, *llama.ids("one two three four")["base"]]
+    [found] = trio_model.loglikelihood_rolling(
+        instances("loglikelihood_rolling", [("one two three four",)]), disable_tqdm=True
+    )
+    passage = Passage(dict.fromkeys(llama.models, ids[:1]), ids[1:])
+    [(log_probs, _)] = expected(llama, [passage], shifted(llama, [0.5]))
+    assert found == pytest.approx(log_probs.sum(), abs=1e-3)
+
+
+def test_generation_of_a_trio(llama, trio_model):
+    """Every request has its own settings; a special token among the stop strings ends a text."""
+    written = [llama.greedy(llama.ids(p), 12, llama.shifted(0.5)) for p in PROMPTS[:4]]
+    tokenizer = llama.tokenizers["base"]
+    plain = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+    middle = plain[2][3]
+    settings = [
+        {"until": [], "max_gen_toks": 12},
+        {"until": ["</s>"], "max_gen_toks": 5},
+        {"until": [middle], "max_gen_toks": 12},
+        {"until": [], "max_gen_toks": 12},
+    ]
+    found = trio_model.generate_until(
+        instances("generate_until", zip(PROMPTS, settings, strict=False)), disable_tqdm=True
+    )
+    short = tokenizer.decode(written[1][:5], skip_special_tokens=True)
+    assert found == [plain[0], short, plain[2].split(middle)[0], plain[3]]
+
+
+def test_sampling(trio_model):
+    """Repeats of a request differ; a second run draws the same."""
+    settings = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_gen_toks": 12}
+    requests = instances("generate_until", [("one two", settings)] * 3)
+    texts = trio_model.generate_until(requests, disable_tqdm=True)
+    assert len(set(texts)) == 3
+    assert trio_model.generate_until(requests, disable_tqdm=True) == texts
+
+
+def test_special_tokens_end_a_text(trio_model):
+    options, until = trio_model._generation({"until": ["<|user|>", "Q:"], "max_gen_toks": 3})
+    assert options.eos_ids == (trios.EOS, trios.SPECIAL.index("<|user|>"))
+    assert until == ["<|user|>", "Q:"]
+
+
+def test_command_line(single, tasks, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.py"
+    config.write_text(
+        "from configs.defaults import decoding\n\n\ndef get_config():\n"
+        f"    config = decoding()\n    config.base.path = {str(single.paths['base'])!r}\n"
+        "    return config\n"
+    )
+    command = (
+        f"lm_eval --model proxy_jax --model_args config={config},dtype=float32,max_length={LENGTH}"
+        f" --tasks choice --include_path {tasks} --output_path {tmp_path / 'out'}"
+    )
+    only_ours = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", only_ours)  # reading all takes a minute
+    monkeypatch.setattr(sys, "argv", command.split())
+    adapter.main()
+    [results] = (tmp_path / "out").rglob("results_*.json")
+    content = json.loads(results.read_text())
+    assert 0 <= content["results"]["choice"]["acc,none"] <= 1
+    assert content["config"]["proxy_jax"]["base"]["dtype"] == "float32"
+    monkeypatch.setattr(sys, "argv", command.replace("dtype=float32", "alhpa=1").split())
+    with pytest.raises(SystemExit, match="2"):
+        adapter.main()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: model_args: alhpa=1: ")
+
+
+def test_model_arguments(tmp_path):
+    config = adapter.read_config(
+        "", {"base": "m", "dtype": "float16", "mesh.tensor": 2, "alpha": 1, "stop": ["\n"]}
+    )
+    assert (config.base.path, config.antiexpert.dtype, config.mesh.tensor) == ("m", "float16", 2)
+    assert config.alpha == 1.0
+    refused: list[tuple[str, dict[str, Any], str]] = [
+        ("", {"alpha": "much"}, "model_args: alpha='much'"),
+        ("", {"base.pth": "m"}, "model_args: base.pth='m'"),
+        ("", {"": 1}, "model_args: =1"),
+        (str(tmp_path / "none.py"), {}, "No such file"),
+    ]
+    for path, fields, message in refused:
+        with pytest.raises(InputError, match=message):
+            adapter.read_config(path, fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_beams": 4}, "'num_beams' is not one of until, max_gen_toks"),
+        ({"max_gen_toks": 512}, "max_gen_toks of 512 leaves no room for a context"),
+    ],
+)
+def test_generation_that_is_refused(trio_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        trio_model.generate_until(instances("generate_until", [("A", settings)]))
+
+
+def test_chat_templates(single, trio_model):
+    history = [{"role": "user", "content": "one"}]
+    with pytest.raises(InputError, match="expert has a template in the config"):
+        trio_model.apply_chat_template(history)
+    raw = adapter.ProxyLM(base=str(single.paths["base"]), dtype="float32")
+    assert raw.apply_chat_template(history) == "<|user|>one</s><|assistant|>"
