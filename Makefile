@@ -4,13 +4,14 @@
 #   make test                  everything that needs no real model
 #   make test-real             downloads a small real model and compares with transformers
 #   make test-real-trio        the two Qwen2.5-Coder models against a plain torch loop (an hour)
+#   make test-reference        the published code's stored completions against its stored results
 #   make lint                  ruff (rules and format) and mypy
 
 PYTHON ?= python3
 EXTRAS ?= cpu
 BIN := .venv/bin
 
-.PHONY: venv test test-real test-real-trio lint format
+.PHONY: venv test test-real test-real-trio test-reference lint format
 
 venv: .venv/installed
 
@@ -29,6 +30,9 @@ test-real: venv
 
 test-real-trio: venv
 	$(BIN)/python -m pytest -m real_trio
+
+test-reference: venv
+	$(BIN)/python -m pytest -m reference
 
 lint: venv
 	$(BIN)/ruff check .
