@@ -59,5 +59,7 @@ def decoding() -> ConfigDict:
     # The output.
     config.output_dir = ""
     config.save_token_ids = False
+    # Record what each model thought of every token, and explain it: explanation.json, tokens.html.
+    config.trace = False
     config.overwrite = False  # replaces the output of another job; the same job goes on
     return config.lock()

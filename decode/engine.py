@@ -5,7 +5,7 @@ Letters: B slots, P rows of one prefill, T new tokens, R roles of a pass, V voca
     prefill   runs a pass over new prompts and writes their keys and values into free slots;
               compiled once per prompt-length bucket
     admit     sets the slots' rows to new requests
-    step      three forwards -> combine -> processors -> draw -> append
+    step      three forwards -> combine -> processors -> draw -> append; a trace, if asked for
     chunk     a compiled loop of steps; between two chunks the host looks at what came out
 
 A pass (proxy_jax.trio) is one parameter tree, which serves one role, or two by vmap. Nothing
@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from decode.processors import Processors, process
 from decode.sampling import Sampling, Truncation, draw, keep, row_keys
 from decode.state import DecodeState, Rows
+from decode.trace import Trace, distributions, measure
 from proxy_jax.combine import combine
 from proxy_jax.models.cache import KVCache, insert
 from proxy_jax.models.decoder import Params, apply
@@ -36,16 +38,22 @@ _CACHE_AXES = ("batch", None, "kv_heads", None)
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiled functions are specialised to; hashable, static under jit."""
+    """What the compiled functions are specialised to; hashable, static under jit.
+
+    Attributes:
+      passes, place, stacked_layers: of the loaded trio.
+      trace: whether steps are recorded (decode.trace).
+    """
 
     passes: tuple[Pass, ...]
     place: Placement
     stacked_layers: bool
+    trace: bool = False
 
     @classmethod
-    def of(cls, loaded: LoadedTrio) -> Program:
+    def of(cls, loaded: LoadedTrio, *, trace: bool = False) -> Program:
         """The program of a loaded trio."""
-        return cls(loaded.passes, loaded.place, loaded.stacked_layers)
+        return cls(loaded.passes, loaded.place, loaded.stacked_layers, trace)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -134,27 +142,34 @@ def admit(program: Program, state: DecodeState, rows: Rows, slots: jax.Array) ->
 
 def step(
     program: Program, params: Sequence[Params], state: DecodeState, settings: Settings
-) -> tuple[DecodeState, jax.Array]:
+) -> tuple[DecodeState, tuple[jax.Array, Trace | None]]:
     """Draws one token in every active slot.
 
     Returns:
-      The state with the tokens appended, and the tokens [B], -1 in idle slots.
+      The state with the tokens appended; the tokens [B], -1 in idle slots, and their trace, None
+      unless the program has one.
     """
     rows = state.rows
     logits, caches = _all_logits(program, params, state)
     with jax.named_scope("combine"):
         combined = _combined(logits, rows, settings)
-        combined = process(combined, settings.processors, rows.recent, rows.seen, rows.generated)
+        allowed = process(combined, settings.processors, rows.recent, rows.seen, rows.generated)
         failures = [~jnp.all(jnp.isfinite(s), axis=-1) for s in logits.values()]
-        failures.append(~jnp.isfinite(jnp.max(combined, axis=-1)))
+        failures.append(~jnp.isfinite(jnp.max(allowed, axis=-1)))
     with jax.named_scope("draw"):
         # The position, in M's context, of the token to be drawn.
         positions = state.caches[0].lengths + 1
         keys = row_keys(settings.key, rows.row, positions)
-        token = draw(combined, settings.sampling, keys)
+        token = draw(allowed, settings.sampling, keys)
+    trace = None
+    if program.trace:
+        with jax.named_scope("trace"):
+            trace = measure(combined, logits, token, settings.shared, settings.valid)
+            trace = _split_rows(program, trace)
 
     broken = jnp.stack(failures, axis=-1)
-    return _append(program, state, caches, token, broken, settings.processors.eos)
+    state, new = _append(program, state, caches, token, broken, settings.processors.eos)
+    return state, (new, trace)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -164,12 +179,13 @@ def chunk(
     state: DecodeState,
     settings: Settings,
     steps: int,
-) -> tuple[DecodeState, dict[str, jax.Array]]:
+) -> tuple[DecodeState, dict[str, Any]]:
     """Up to `steps` steps in one compiled loop; ends early when no slot is active.
 
     Returns:
       The state (the old one is donated), and what the host looks at: "tokens" [B, steps], -1
-      where a slot was idle, "active" [B] and "broken" [B, R + 1] (see Rows).
+      where a slot was idle, "active" [B], "broken" [B, R + 1] (see Rows), and "trace", a Trace
+      [B, steps], undefined where a slot was idle, or None.
     """
 
     def more(carry):
@@ -177,13 +193,22 @@ def chunk(
         return (n < steps) & jnp.any(state.rows.active)
 
     def body(carry):
-        n, state, tokens = carry
-        state, token = step(program, params, state, settings)
-        return n + 1, state, jax.lax.dynamic_update_slice(tokens, token[:, None], (0, n))
+        n, state, record = carry
+        state, new = step(program, params, state, settings)
 
-    tokens = jnp.full((state.rows.active.shape[0], steps), -1, jnp.int32)
-    _, state, tokens = jax.lax.while_loop(more, body, (0, state, tokens))
-    seen = {"tokens": tokens, "active": state.rows.active, "broken": state.rows.broken}
+        def put(whole: jax.Array, one: jax.Array) -> jax.Array:
+            at = (0, n, *[0] * (one.ndim - 1))
+            return jax.lax.dynamic_update_slice(whole, one[:, None], at)
+
+        return n + 1, state, jax.tree.map(put, record, new)
+
+    shape = (state.rows.active.shape[0], steps)
+    tokens, trace = jnp.full(shape, -1, jnp.int32), None
+    if program.trace:
+        trace = _split_rows(program, Trace.empty(distributions(program.roles), shape))
+    _, state, (tokens, trace) = jax.lax.while_loop(more, body, (0, state, (tokens, trace)))
+    rows = state.rows
+    seen = {"tokens": tokens, "active": rows.active, "broken": rows.broken, "trace": trace}
     return _pin(program, state), jax.tree.map(lambda x: _replicate(program, x), seen)
 
 
@@ -296,6 +321,13 @@ def _pin_cache(program: Program, cache: KVCache) -> KVCache:
         return program.place.constrain(x, axes)
 
     return jax.tree.map(pin, cache)
+
+
+def _split_rows(program: Program, trace: Trace) -> Trace:
+    """Each figure stays with its row of the batch until the host wants them all."""
+    return jax.tree.map(
+        lambda x: program.place.constrain(x, ("batch", *[None] * (x.ndim - 1))), trace
+    )
 
 
 def _pin(program: Program, state: DecodeState) -> DecodeState:

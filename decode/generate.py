@@ -5,13 +5,16 @@
 
 Reads one JSON object a line, writes outputs.jsonl (text, finish reason, counts) as rows finish, and
 manifest.json (config, versions, commit, command, device). Killed at any instant, the same command
-goes on where it was. Every field of the config can be set on the command line; configs/defaults.py
+goes on where it was. With --config.trace=True each row has what every model thought of its tokens
+(decode/trace.py), explanation.json the analyses of it (decode/explain.py), and tokens.html the
+first texts, coloured. Every field of the config can be set on the command line; configs/defaults.py
 explains them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 from pathlib import Path
@@ -25,12 +28,16 @@ from tqdm import tqdm
 import launch
 import manifest
 from decode import job, memory
+from decode.explain import Words, read_records, summarise
 from decode.outputs import OutputFile
 from decode.requests import Completion, Options
 from decode.scheduler import Generator
+from decode.token_page import render
 from proxy_jax.errors import InputError
 from proxy_jax.sharding import Placement
 from proxy_jax.trio import LoadedTrio, Trio, load_trio, open_trio
+
+_PAGE_ROWS = 50  # completions in tokens.html
 
 
 def main(config: ConfigDict) -> None:
@@ -74,13 +81,16 @@ def main(config: ConfigDict) -> None:
             summary |= {"new_tokens": generator.new_tokens, "tokens_per_second": round(speed, 2)}
         output.finish(summary)
     if _first_process():
+        if config.trace:
+            explain(output.path, trio.tokenizer)
         print(f"{len(requests)} rows in {output.path}")
 
 
 def open_output(config: ConfigDict) -> OutputFile:
     """The output file; the first process writes it, the others read what is done."""
-    prompts = Path(os.path.expandvars(config.prompts.path)).expanduser()
-    inputs = {"prompts": manifest.digest(prompts)}
+    inputs = {
+        "prompts": manifest.digest(Path(os.path.expandvars(config.prompts.path)).expanduser())
+    }
     directory = Path(os.path.expandvars(config.output_dir)).expanduser()
     job_config = config.to_dict()
     if jax.process_count() == 1:
@@ -109,9 +119,21 @@ def record(
         "new_tokens": len(completion.token_ids),
         "prompt_tokens": dict(completion.prompt_tokens),
     }
-    if config.save_token_ids:
+    if config.save_token_ids or completion.trace:
         fields["token_ids"] = list(completion.token_ids)
+    if completion.trace:
+        fields["trace"] = completion.trace.as_dict()
     return fields
+
+
+def explain(path: Path, tokenizer: Any) -> None:
+    """Writes explanation.json and tokens.html beside recorded outputs."""
+    words = Words(tokenizer)
+    records = list(read_records(path, words))
+    summary = json.dumps(summarise(records), indent=2, ensure_ascii=False) + "\n"
+    page = render(records[:_PAGE_ROWS], words, f"What the tuning changed: {path.parent.name}")
+    manifest.replace(path.parent / "explanation.json", summary.encode())
+    manifest.replace(path.parent / "tokens.html", page.encode())
 
 
 def load_with_progress(

@@ -97,6 +97,7 @@ def options(config: ConfigDict) -> Options:
         repetition_penalty=config.repetition_penalty,
         eos_ids=tuple(config.eos_ids) or None,
         chunk_steps=config.chunk_steps,
+        trace=config.trace,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from decode.sampling import Sampling, Truncation
+from decode.trace import Trace
 from proxy_jax.errors import InputError
 
 # (first step, coefficient) pieces: from that new token on, that coefficient.
@@ -35,6 +36,7 @@ class Options:
       repetition_penalty: 1 is none.
       eos_ids: ids that end a text; by default those the models' configs and tokenizers name.
       chunk_steps: steps between two looks of the host.
+      trace: record what every model thought of each token (decode.trace).
     """
 
     batch_size: int = 8
@@ -52,6 +54,7 @@ class Options:
     repetition_penalty: float = 1.0
     eos_ids: tuple[int, ...] | None = None
     chunk_steps: int = 16
+    trace: bool = False
 
     def __post_init__(self):
         for field in ("batch_size", "max_new_tokens", "samples", "chunk_steps"):
@@ -97,6 +100,7 @@ class Completion:
       token_ids: the new tokens, up to and including the one that ended the text.
       finish_reason: "eos"; "stop", a stop string; or "length".
       prompt_tokens: length of each role's prompt.
+      trace: of each of the token_ids; None unless asked for.
     """
 
     row: int
@@ -104,6 +108,7 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: Mapping[str, int]
+    trace: Trace | None = None
 
 
 def as_schedule(alpha: object, what: str = "alpha") -> Schedule:

@@ -22,6 +22,7 @@ from decode.processors import make_processors
 from decode.requests import Completion, FinishReason, Options, Request, Schedule, as_schedule
 from decode.state import DecodeState, Rows
 from decode.text import Detokenizer
+from decode.trace import Trace, joined, of_slot
 from proxy_jax.errors import InputError
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Trio
@@ -47,7 +48,7 @@ class Generator:
     def __init__(self, loaded: LoadedTrio, options: Options):
         self.loaded = loaded
         self.options = options
-        self.program = engine.Program.of(loaded)
+        self.program = engine.Program.of(loaded, trace=options.trace)
         self.new_tokens = 0
         loaded.place.check_divides("batch", options.batch_size, "batch_size")
         trio = loaded.trio
@@ -124,16 +125,17 @@ class Generator:
             yield list(finished.values())
             self._refuse_broken(slots, seen)
 
-    def _advance(
-        self, slots: list[_Slot | None], seen: Mapping[str, np.ndarray]
-    ) -> dict[int, Completion]:
+    def _advance(self, slots: list[_Slot | None], seen: Mapping[str, Any]) -> dict[int, Completion]:
         """Hands a chunk's tokens to their slots, and empties those that are done."""
         finished = {}
         for i, slot in enumerate(slots):
             if slot is None or seen["broken"][i].any():
                 continue
-            new = [int(token) for token in seen["tokens"][i] if token >= 0]
+            drawn = seen["tokens"][i] >= 0
+            new = seen["tokens"][i][drawn].tolist()
             slot.ids += new
+            if self.options.trace:
+                slot.traces.append(of_slot(seen["trace"], i, drawn))
             self.new_tokens += len(new)
             completion = self._finished(slot, active=bool(seen["active"][i]))
             if completion is not None:
@@ -170,6 +172,7 @@ class Generator:
             token_ids=tuple(ids),
             finish_reason=reason,
             prompt_tokens={role: len(prompt) for role, prompt in prompts.items()},
+            trace=joined(slot.traces, len(ids)) if self.options.trace else None,
         )
 
     def _new_state(self, contexts: Mapping[str, int], pieces: int) -> DecodeState:
@@ -270,11 +273,12 @@ class Generator:
 
 @dataclasses.dataclass
 class _Slot:
-    """A request being decoded and its tokens so far."""
+    """A request being decoded, its tokens so far, and what was recorded of them, by chunk."""
 
     request: Request
     detokenizer: Detokenizer
     ids: list[int] = dataclasses.field(default_factory=list)
+    traces: list[Trace] = dataclasses.field(default_factory=list)
 
 
 def make_requests(
