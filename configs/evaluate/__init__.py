@@ -1,0 +1,1 @@
+"""What to evaluate: one file an experiment."""

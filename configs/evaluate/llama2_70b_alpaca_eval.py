@@ -1,0 +1,15 @@
+"""AlpacaFarm's instructions on Llama-2 70B with the 7B chat model; see llama2_13b_alpaca_eval.
+
+python -m decode.evaluate --config=configs/evaluate/llama2_70b_alpaca_eval.py
+"""
+
+from configs.evaluate import llama2_13b_alpaca_eval
+
+
+def get_config():
+    config = llama2_13b_alpaca_eval.get_config()
+    config.base.path = "meta-llama/Llama-2-70b-hf"
+    config.tuned.path = "meta-llama/Llama-2-70b-chat-hf"
+    config.mesh.tensor = 8  # its 8 kv heads
+    config.output_dir = "runs/evaluate/llama2_70b_alpaca_eval"
+    return config

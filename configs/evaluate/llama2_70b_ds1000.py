@@ -1,0 +1,15 @@
+"""DS-1000 on Llama-2 70B, proxy-tuned with Code Llama 7B Python; see llama2_13b_ds1000.
+
+python -m decode.evaluate --config=configs/evaluate/llama2_70b_ds1000.py
+"""
+
+from configs.evaluate import llama2_13b_ds1000
+
+
+def get_config():
+    config = llama2_13b_ds1000.get_config()
+    config.base.path = "meta-llama/Llama-2-70b-hf"
+    config.tuned.path = "codellama/CodeLlama-70b-Python-hf"
+    config.mesh.tensor = 8  # its 8 kv heads
+    config.output_dir = "runs/evaluate/llama2_70b_ds1000"
+    return config

@@ -1,0 +1,96 @@
+"""Evaluates a trio on tasks: M, M+, M-, the proxy and a directly tuned M, and a sweep over alpha.
+
+    python -m decode.evaluate --config=configs/evaluate/qwen_gguf_gsm.py \\
+        --config.tasks.gsm.data=test.jsonl --config.output_dir=runs/gsm_report
+
+Writes, after each row: results.json, report.md and report.html, and for each task and row a
+directory with outputs.jsonl (what was decoded) and predictions.jsonl (what it is worth). Killed at
+any instant, the same command goes on where it was; when all is decoded it only scores what has
+changed, and renders. configs/evaluate/defaults.py explains every field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import launch
+import manifest
+from decode.evaluation.plan import Evaluation, plan_evaluation
+from decode.evaluation.report import below_expert, write_report
+from decode.evaluation.results import make_results
+from decode.evaluation.run import decode_row, open_rows, unfinished
+
+
+def main(config: ConfigDict) -> None:
+    """Checks everything, decodes row by row, and reports after each."""
+    evaluation = plan_evaluation(config)
+    waiting = unfinished(evaluation)
+    opened = open_rows(config, evaluation, waiting)
+    if jax.process_index() == 0:
+        _write_manifest(config, evaluation.directory)
+    results = _publish(config, evaluation, waiting)
+    while opened:
+        row = opened.pop(0)
+        decode_row(row)
+        waiting -= {one.directory for one in evaluation.jobs if one.row == row.row}
+        results = _publish(config, evaluation, waiting)
+    if jax.process_index() == 0:
+        for warning in filter(None, map(below_expert, results["tasks"].values())):
+            print(f"warning: {warning}")
+        print(f"report in {evaluation.directory / 'report.html'}")
+
+
+def _publish(
+    config: ConfigDict, evaluation: Evaluation, waiting: Collection[Path]
+) -> dict[str, Any]:
+    """Scores what is finished, and writes results and report."""
+    if jax.process_index() > 0:
+        return {}
+    with tqdm(unit="row", desc="scoring", leave=False) as bar:
+        found = make_results(config, evaluation, waiting, bar.update)
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    manifest.replace(evaluation.directory / "results.json", text.encode() + b"\n")
+    results = json.loads(text)
+    write_report(evaluation.directory, results, _runs(evaluation, waiting))
+    return results
+
+
+def _write_manifest(config: ConfigDict, directory: Path) -> None:
+    """The evaluation's own manifest; those of its rows say what each depends on."""
+    directory.mkdir(parents=True, exist_ok=True)
+    content = manifest.new(config.to_dict(), {})
+    old = manifest.read(directory)
+    content["runs"] = [*(old["runs"] if old else []), manifest.this_run()]
+    manifest.write(directory, content)
+
+
+def _runs(evaluation: Evaluation, waiting: Collection[Path]) -> list[dict[str, Any]]:
+    """What decoded each finished row."""
+    found = []
+    for one in evaluation.jobs:
+        content = manifest.read(one.directory)
+        if one.number or one.directory in waiting or content is None:
+            continue
+        last = content["runs"][-1]
+        found.append(
+            {
+                "task": one.run.task.name,
+                "row": one.row,
+                "device": last["device"],
+                "commit": last["commit"],
+                "versions": {name: last["versions"][name] for name in ("proxy_jax", "jax")},
+                "tokens_per_second": last.get("tokens_per_second"),
+            }
+        )
+    return found
+
+
+if __name__ == "__main__":
+    launch.run(main)

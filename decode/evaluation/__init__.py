@@ -1,0 +1,1 @@
+"""An evaluation: what is decoded, what it is worth, and the report."""
