@@ -1,0 +1,1 @@
+"""The family of quickstart.py: two models from scratch, and their tuning."""
