@@ -1,4 +1,5 @@
 # What a newcomer runs. Each target works from a clean clone with Python >= 3.11 and make.
+#   make quickstart            a family of models from scratch, proxy-tuned: ten minutes on a laptop
 #   make venv                  environment for this machine's CPU
 #   make venv EXTRAS=cuda,eval environment for a GPU node, with the evaluation harness
 #   make test                  everything that needs no real model
@@ -11,34 +12,42 @@ PYTHON ?= python3
 EXTRAS ?= cpu
 BIN := .venv/bin
 
-.PHONY: venv test test-real test-real-trio test-reference lint format
+.PHONY: quickstart venv test test-real test-real-trio test-reference lint format
+
+quickstart: venv
+	$(BIN)/python quickstart.py
 
 venv: .venv/installed
 
 .venv/installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 needed; set PYTHON=")'
+	@echo "Installing what proxy_jax needs into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS),test]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-test: venv
+.venv/testing: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+test: .venv/testing
 	$(BIN)/python -m pytest -n 2
 
-test-real: venv
+test-real: .venv/testing
 	$(BIN)/python -m pytest -m real
 
-test-real-trio: venv
+test-real-trio: .venv/testing
 	$(BIN)/python -m pytest -m real_trio
 
-test-reference: venv
+test-reference: .venv/testing
 	$(BIN)/python -m pytest -m reference
 
-lint: venv
+lint: .venv/testing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: venv
+format: .venv/testing
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

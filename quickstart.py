@@ -84,7 +84,7 @@ def train(what: str, config: ConfigDict) -> None:
 
 
 def show(tasks: Sequence[Mapping[str, Any]]) -> None:
-    """Prints the share of the questions that each row answers, and of the gap that is closed.
+    """Prints the share of the questions that each row answers, of the gap closed, and the pages.
 
     Args:
       tasks: results of each seed.
@@ -94,7 +94,11 @@ def show(tasks: Sequence[Mapping[str, Any]]) -> None:
         values = [task["rows"][row]["metrics"]["exact_match"]["value"] for task in tasks]
         print(f"{what:32}" + "".join(f"{value:8.1%}" for value in values))
     gaps = [task["gap_closed"]["exact_match"]["value"] for task in tasks]
-    print(f"{'gap closed':32}" + "".join(f"{gap:8.1%}" for gap in gaps))
+    shares = ["       -" if gap is None else f"{gap:8.1%}" for gap in gaps]
+    print(f"{'gap closed':32}" + "".join(shares))
+    for seed in range(len(tasks)):
+        home = Path(evaluate.get_config(seed).output_dir).parent
+        print(f"plots and examples: {home}/report/report.html, token by token: {home}/tokens/tokens.html")
 
 
 if __name__ == "__main__":

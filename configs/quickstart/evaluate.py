@@ -10,5 +10,7 @@ def get_config(seed="0"):
     config.tuned.path = f"{home}/ceiling/expert"
     config.tasks.questions.data = f"{home}/world/held_out.jsonl"
     config.tasks.questions.max_new_tokens = 20
+    config.sweep.alphas = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+    config.sweep.limit = 100
     config.output_dir = f"{home}/report"
     return config
