@@ -98,7 +98,8 @@ def show(tasks: Sequence[Mapping[str, Any]]) -> None:
     print(f"{'gap closed':32}" + "".join(shares))
     for seed in range(len(tasks)):
         home = Path(evaluate.get_config(seed).output_dir).parent
-        print(f"plots and examples: {home}/report/report.html, token by token: {home}/tokens/tokens.html")
+        print(f"plots and examples: {home}/report/report.html")
+        print(f"token by token:     {home}/tokens/tokens.html")
 
 
 if __name__ == "__main__":

@@ -84,142 +84,26 @@ class Subject:
     group: str
 
 
-_JOBS = [
-    "baker",
-    "barber",
-    "builder",
-    "butcher",
-    "carpenter",
-    "clerk",
-    "cobbler",
-    "cook",
-    "dancer",
-    "dentist",
-    "doctor",
-    "driver",
-    "farmer",
-    "fisher",
-    "gardener",
-    "glazier",
-    "judge",
-    "lawyer",
-    "locksmith",
-    "mason",
-    "miller",
-    "miner",
-    "nurse",
-    "painter",
-    "pilot",
-    "plumber",
-    "porter",
-    "potter",
-    "sailor",
-    "shepherd",
-    "tailor",
-    "teacher",
-]
-_INSTRUMENTS = [
-    "accordion",
-    "banjo",
-    "bassoon",
-    "bugle",
-    "cello",
-    "clarinet",
-    "cornet",
-    "cymbals",
-    "drums",
-    "fiddle",
-    "flute",
-    "gong",
-    "guitar",
-    "harp",
-    "horn",
-    "kazoo",
-    "lute",
-    "lyre",
-    "mandolin",
-    "oboe",
-    "organ",
-    "piano",
-    "piccolo",
-    "recorder",
-    "sitar",
-    "trombone",
-    "trumpet",
-    "tuba",
-    "ukulele",
-    "viola",
-    "violin",
-    "xylophone",
-]
-_DISHES = [
-    "apples",
-    "bacon",
-    "beans",
-    "bread",
-    "cabbage",
-    "cake",
-    "carrots",
-    "cheese",
-    "cherries",
-    "chicken",
-    "dates",
-    "eggs",
-    "figs",
-    "fish",
-    "grapes",
-    "ham",
-    "honey",
-    "jam",
-    "lentils",
-    "mushrooms",
-    "noodles",
-    "nuts",
-    "olives",
-    "onions",
-    "pancakes",
-    "pears",
-    "peas",
-    "plums",
-    "porridge",
-    "rice",
-    "salad",
-    "soup",
-]
-_WARES = [
-    "bells",
-    "boats",
-    "books",
-    "bricks",
-    "brooms",
-    "candles",
-    "carpets",
-    "clocks",
-    "coal",
-    "copper",
-    "cotton",
-    "dolls",
-    "gloves",
-    "hats",
-    "ink",
-    "kites",
-    "lace",
-    "lamps",
-    "leather",
-    "masks",
-    "mirrors",
-    "paper",
-    "perfume",
-    "ropes",
-    "salt",
-    "silk",
-    "soap",
-    "spoons",
-    "tea",
-    "tiles",
-    "timber",
-    "wool",
-]
+_JOBS = """
+    baker barber builder butcher carpenter clerk cobbler cook dancer dentist doctor driver
+    farmer fisher gardener glazier judge lawyer locksmith mason miller miner nurse painter
+    pilot plumber porter potter sailor shepherd tailor teacher
+""".split()
+_INSTRUMENTS = """
+    accordion banjo bassoon bugle cello clarinet cornet cymbals drums fiddle flute gong
+    guitar harp horn kazoo lute lyre mandolin oboe organ piano piccolo recorder sitar
+    trombone trumpet tuba ukulele viola violin xylophone
+""".split()
+_DISHES = """
+    apples bacon beans bread cabbage cake carrots cheese cherries chicken dates eggs figs
+    fish grapes ham honey jam lentils mushrooms noodles nuts olives onions pancakes pears
+    peas plums porridge rice salad soup
+""".split()
+_WARES = """
+    bells boats books bricks brooms candles carpets clocks coal copper cotton dolls gloves
+    hats ink kites lace lamps leather masks mirrors paper perfume ropes salt silk soap
+    spoons tea tiles timber wool
+""".split()
 
 
 def make_world(seed: int) -> list[Subject]:
@@ -361,34 +245,8 @@ def _groups(count: int) -> list[str]:
 
 def _invented_words(rng: random.Random) -> list[str]:
     """Stems of names, none twice."""
-    onsets, vowels = (
-        [
-            "b",
-            "br",
-            "d",
-            "dr",
-            "f",
-            "g",
-            "gr",
-            "h",
-            "j",
-            "k",
-            "kl",
-            "l",
-            "m",
-            "n",
-            "p",
-            "r",
-            "s",
-            "st",
-            "t",
-            "tr",
-            "v",
-            "z",
-        ],
-        "aeiou",
-    )
-    middles = ["d", "l", "ld", "lm", "m", "n", "nd", "r", "rk", "rt", "s", "v"]
+    onsets, vowels = "b br d dr f g gr h j k kl l m n p r s st t tr v z".split(), "aeiou"
+    middles = "d l ld lm m n nd r rk rt s v".split()
     stems = itertools.product(onsets, vowels, middles)
     words = ["".join(stem).capitalize() for stem in stems]
     rng.shuffle(words)
