@@ -137,7 +137,7 @@ class Template:
 
     Attributes:
       spec: "raw", the text and response prefix as they are; "chat", the chat template of the
-        role's own tokenizer; "reference", what the published implementation feeds a chat expert
+        role's own tokenizer, and after white space the response prefix; "reference", what the published implementation feeds a chat expert
         (Llama-2's format, its quirks included); or a format string with {prompt} and, if wanted,
         {system} and {response_prefix}, which otherwise ends the text.
 
@@ -207,11 +207,15 @@ class Template:
 def _chat(prompt: Prompt, tokenizer: Any, role: str) -> str:
     if not tokenizer.chat_template:
         raise InputError(f"{role}: template is 'chat', but its tokenizer has no chat template")
-    messages = [{"role": "user", "content": prompt.text}]
+    # What parts the question from a response prefix is the template's matter here.
+    question = prompt.text.rstrip() if prompt.response_prefix else prompt.text
+    messages = [{"role": "user", "content": question}]
     if prompt.system:
         messages.insert(0, {"role": "system", "content": prompt.system})
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text + prompt.response_prefix
+    if prompt.response_prefix and not text[-1:].isspace():
+        text += " "
+    return text + prompt.response_prefix.lstrip()
 
 
 def _reference(prompt: Prompt, tokenizer: Any) -> str:

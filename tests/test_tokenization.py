@@ -137,11 +137,30 @@ def test_chat_template_of_the_roles_own_tokenizer():
     ids = Template("chat").encode(
         Prompt("one", "Be kind.", "Answer:"), make_tokenizer(bos=True, chat=False), own, "expert"
     )
-    text = "<|system|>Be kind.</s><|user|>one</s><|assistant|>Answer:"
+    text = "<|system|>Be kind.</s><|user|>one</s><|assistant|> Answer:"
     assert ids == make_tokenizer()(text)["input_ids"]  # no BOS but the template's own
     assert ids[0] == own.convert_tokens_to_ids("<|system|>")
     with pytest.raises(InputError, match="expert: template is 'chat', but its tokenizer has no"):
         Template("chat").encode(Prompt("one"), own, make_tokenizer(chat=False), "expert")
+
+
+@pytest.mark.parametrize(
+    ("ending", "prompt", "read"),
+    [
+        ("[/INST]", Prompt("one\n", "", "Answer:"), "one[/INST] Answer:"),
+        ("[/INST]", Prompt("one", "", " Answer:"), "one[/INST] Answer:"),
+        ("assistant\n", Prompt("one\n\n", "", "Answer:"), "oneassistant\nAnswer:"),
+        ("assistant\n", Prompt("one", "", " Answer:"), "oneassistant\nAnswer:"),
+        # Without a prefix nothing is changed.
+        ("[/INST]", Prompt("one\n"), "one\n[/INST]"),
+    ],
+)
+def test_response_prefix_after_a_chat_template(ending, prompt, read):
+    """It is parted from the template's end by white space, its own or one space."""
+    own = make_tokenizer()
+    own.chat_template = f"{{{{ messages[0]['content'] + {ending!r} }}}}"
+    ids = Template("chat").encode(prompt, make_tokenizer(), own, "expert")
+    assert make_tokenizer().decode(ids) == read
 
 
 def test_double_bos():

@@ -85,8 +85,7 @@ def _example(index: int, row: Row, published: bool) -> Example:
     if published:
         text = f"{_INSTRUCTION}\n\n{text}"
     prompt = Prompt(f"{text}\n", response_prefix="Answer:")
-    # The published format has a space there; the chat template of a model has what it needs.
-    chat_prompt = Prompt(text, response_prefix=" Answer:" if published else "Answer:")
+    chat_prompt = Prompt(text, response_prefix=" Answer:")
     fields = {"question": question, "answer": answer, "rationale": rationale.strip()}
     return Example(str(index), prompt, chat_prompt, fields)
 
