@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import itertools
 import os
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from decode.requests import Options, Request, as_schedule
 from decode.sampling import Sampling, Truncation
 from decode.scheduler import longest_contexts, make_requests
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Row, local_path, read_jsonl
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio
@@ -135,19 +135,9 @@ def read_prompts(config: ConfigDict) -> list[PromptRow]:
         raise InputError("prompts.path is empty: which JSONL file holds the prompts?")
     if prompts.limit < 0:
         raise InputError(f"prompts.limit must be at least 0, not {prompts.limit}")
-    path = Path(os.path.expandvars(prompts.path)).expanduser()
-    rows: list[PromptRow] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if prompts.limit and len(rows) == prompts.limit:
-                    break
-                if line.strip():
-                    rows.append(_prompt_row(config, f"{path}:{number}", number, line))
-    except OSError as error:
-        raise InputError(f"prompts.path {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from error
+    path = local_path(prompts.path)
+    first = itertools.islice(read_jsonl(path), prompts.limit or None)
+    rows = [_prompt_row(config, row) for row in first]
     if not rows:
         raise InputError(f"{path}: no prompts")
     return rows
@@ -168,42 +158,25 @@ def job_requests(
     return requests, longest_contexts(requests)
 
 
-def _prompt_row(config: ConfigDict, where: str, number: int, line: str) -> PromptRow:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
+def _prompt_row(config: ConfigDict, row: Row) -> PromptRow:
     prompts = config.prompts
-
-    def field(name: str) -> Any:
-        if name not in fields:
-            raise InputError(f"{where}: no field {name!r}; it has {', '.join(map(repr, fields))}")
-        return fields[name]
-
     if prompts.template:
         try:
-            text = prompts.template.format_map(fields)
+            text = prompts.template.format_map(row.fields)
         except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
             if isinstance(error, KeyError):
-                field(str(error.args[0]))  # raises, if the row lacks the field
+                row.field(str(error.args[0]))  # raises, if the row lacks the field
             raise InputError(f"prompts.template {prompts.template!r}: {error}") from error
+        if not text.strip():
+            raise InputError(f"{row.where}: the prompt is empty")
     else:
-        text = field(prompts.field)
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where}: the prompt is {'empty' if text == '' else repr(text)[:40]}")
-    name = field(prompts.id_field) if prompts.id_field else None
-    try:
-        json.dumps([text, name], ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise InputError(f"{where}: not valid Unicode ({error.reason})") from error
-    alpha = field(config.alpha_field) if config.alpha_field else None
+        text = row.text(prompts.field)
+    alpha = row.field(config.alpha_field) if config.alpha_field else None
     return PromptRow(
-        line=number,
+        line=row.number,
         prompt=Prompt(text, config.system_prompt, config.response_prefix),
-        id=name,
-        alpha=None if alpha is None else as_schedule(alpha, f"{where}: {config.alpha_field}"),
+        id=row.field(prompts.id_field) if prompts.id_field else None,
+        alpha=None if alpha is None else as_schedule(alpha, f"{row.where}: {config.alpha_field}"),
     )
 
 

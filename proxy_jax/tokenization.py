@@ -137,9 +137,10 @@ class Template:
 
     Attributes:
       spec: "raw", the text and response prefix as they are; "chat", the chat template of the
-        role's own tokenizer, and after white space the response prefix; "reference", what the published implementation feeds a chat expert
-        (Llama-2's format, its quirks included); or a format string with {prompt} and, if wanted,
-        {system} and {response_prefix}, which otherwise ends the text.
+        role's own tokenizer and, after white space, the response prefix; "reference", what the
+        published implementation feeds a chat expert (Llama-2's format, its quirks included); or a
+        format string with {prompt} and, if wanted, {system} and {response_prefix}, which otherwise
+        ends the text.
 
     Raises:
       InputError: a format string without {prompt} or with another field.

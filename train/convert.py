@@ -12,10 +12,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from proxy_jax.errors import InputError
-from train.examples import read_jsonl, text_field
+from proxy_jax.rows import read_json, read_jsonl
 
 BAD_INPUT = 2  # exit status
 PromptCompletion = dict[str, str]
@@ -27,9 +26,7 @@ def gsm8k(path: Path) -> list[PromptCompletion]:
     Raises:
       InputError: names the line that cannot be used.
     """
-    return [
-        _row(row.fields, "question", row.fields, "answer", row.where) for row in read_jsonl(path)
-    ]
+    return [_row(row.text("question"), row.text("answer")) for row in read_jsonl(path)]
 
 
 def triviaqa(path: Path) -> list[PromptCompletion]:
@@ -38,26 +35,7 @@ def triviaqa(path: Path) -> list[PromptCompletion]:
     Raises:
       InputError: names the question that cannot be used.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from error
-    questions = content.get("Data") if isinstance(content, dict) else None
-    if not isinstance(questions, list) or not questions:
-        raise InputError(f"{path}: expected an object with a list 'Data' of questions")
-    rows = []
-    for number, fields in enumerate(questions, 1):
-        where = f"{path}: question {number}"
-        if not isinstance(fields, dict):
-            raise InputError(f"{where}: expected an object, found {type(fields).__name__}")
-        where = f"{where} ({fields.get('QuestionId')})"
-        answer = fields.get("Answer")
-        if not isinstance(answer, dict):
-            raise InputError(f"{where}: no Answer (the test questions have none)")
-        rows.append(_row(fields, "Question", answer, "Value", where))
-    return rows
+    return [_row(row.text("Question"), row.part("Answer").text("Value")) for row in read_json(path)]
 
 
 def write_rows(path: Path, rows: Sequence[PromptCompletion]) -> None:
@@ -85,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         rows = converters[given.dataset](given.input)
+        if not rows:
+            raise InputError(f"{given.input}: no rows")
         write_rows(given.output, rows)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -92,12 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{len(rows)} rows in {given.output}")
 
 
-def _row(
-    question: dict[str, Any], ask: str, answer: dict[str, Any], reply: str, where: str
-) -> PromptCompletion:
-    asked = text_field(question, ask, where).strip()
-    replied = text_field(answer, reply, where).strip()
-    return {"prompt": f"Question: {asked}\nAnswer:", "completion": f" {replied}"}
+def _row(question: str, answer: str) -> PromptCompletion:
+    return {"prompt": f"Question: {question.strip()}\nAnswer:", "completion": f" {answer.strip()}"}
 
 
 if __name__ == "__main__":

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import numpy as np
 
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Row
 
 Format = Literal["prompt_completion", "messages", "text"]
 _WHITESPACE = (" ", "\n", "\t")
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One row of a data set, not yet looked into.
-
-    Attributes:
-      where: how errors name it, "file:line".
-      line: its number, from 1.
-      fields: what it holds.
-    """
-
-    where: str
-    line: int
-    fields: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,46 +52,6 @@ class Counts:
     trained_tokens: int = 0
 
 
-def read_rows(location: str, subset: str = "", split: str = "train") -> list[Row]:
-    """Reads a JSONL file, or a data set of the Hugging Face hub.
-
-    Args:
-      location: a path, or a hub id (owner/name) where there is no such file.
-      subset, split: which part of a hub data set; a file is read whole.
-
-    Raises:
-      InputError: nothing there, a line that is not a JSON object, no rows, or a hub data set that
-        the datasets library cannot load.
-    """
-    path = Path(os.path.expandvars(location)).expanduser()
-    hub_id = location.count("/") == 1 and not location.startswith(("/", ".", "~", "$"))
-    if not hub_id or path.exists() or path.suffix in (".json", ".jsonl"):
-        return read_jsonl(path)
-    return _read_hub(location, subset, split)
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """Reads a file of one JSON object a line; blank lines are passed over.
-
-    Raises:
-      InputError: names the file, or the line that is not a JSON object.
-    """
-    rows: list[Row] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{path}:{number}"
-                    rows.append(Row(where, number, _json_object(line, where)))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from error
-    if not rows:
-        raise InputError(f"{path}: no rows")
-    return rows
-
-
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
     """Keeps the last rows aside, to measure on: (rows to train on, held-out rows).
 
@@ -135,7 +78,7 @@ def make_examples(
       each begins with the last token of the one before, so that every token is a target once.
 
     Args:
-      rows: from read_rows.
+      rows: from proxy_jax.rows.
       format: which of the three.
       tokenizer: a transformers tokenizer.
       max_length: most tokens an example has; prompt_completion and messages are cut there.
@@ -159,8 +102,8 @@ def make_examples(
         ids, trained = encoders[format](row, tokenizer)
         starts = range(0, len(ids) - 1, max_length - 1) if format == "text" else (0,)
         pieces = [
-            Example(ids[start : start + max_length], trained[start : start + max_length], row.line)
-            for start in starts
+            Example(ids[at : at + max_length], trained[at : at + max_length], row.number)
+            for at in starts
         ]
         kept = [piece for piece in pieces if piece.trained[1:].any()]
         examples += kept
@@ -177,59 +120,9 @@ def make_examples(
     )
 
 
-def text_field(fields: dict[str, Any], name: str, where: str) -> str:
-    """A field that must hold text.
-
-    Raises:
-      InputError: it is missing, not a string, empty, or not valid Unicode.
-    """
-    if name not in fields:
-        found = ", ".join(map(repr, fields)) or "no field"
-        raise InputError(f"{where}: no field {name!r}; it has {found}")
-    text = fields[name]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: {name} must be a string, not {type(text).__name__}")
-    if not text.strip():
-        raise InputError(f"{where}: {name} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise InputError(f"{where}: {name} is not valid Unicode ({error.reason})") from error
-    return text
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-    return fields
-
-
-def _read_hub(hub_id: str, subset: str, split: str) -> list[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(
-            f"{hub_id}: no such file, and hub data sets need the datasets library "
-            "(pip install datasets)"
-        ) from error
-    try:
-        table = datasets.load_dataset(hub_id, subset or None, split=split)
-    except Exception as error:  # network, authorisation, format: of several libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{hub_id}: no such file, and not from the hub ({reason})") from error
-    rows = [Row(f"{hub_id}:{split}:{i}", i, dict(fields)) for i, fields in enumerate(table, 1)]
-    if not rows:
-        raise InputError(f"{hub_id}: no rows in split {split!r}")
-    return rows
-
-
 def _prompt_completion(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    prompt = text_field(row.fields, "prompt", row.where)
-    completion = text_field(row.fields, "completion", row.where)
+    prompt = row.text("prompt")
+    completion = row.text("completion")
     seam = "" if prompt.endswith(_WHITESPACE) or completion.startswith(_WHITESPACE) else " "
     ids = [*_encode(prompt + seam + completion, tokenizer), tokenizer.eos_token_id]
     prompt_tokens = len(_encode(prompt, tokenizer))
@@ -237,7 +130,7 @@ def _prompt_completion(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray
 
 
 def _text(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    text = text_field(row.fields, "text", row.where)
+    text = row.text("text")
     ids = [*_encode(text, tokenizer), tokenizer.eos_token_id]
     return np.asarray(ids, np.int32), np.ones(len(ids), bool)
 
@@ -276,9 +169,8 @@ def _checked_messages(row: Row) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise InputError(f"{row.where}: messages must be a list of {{role, content}} objects")
     for number, message in enumerate(messages, 1):
-        where = f"{row.where}: message {number}"
-        text_field(message, "role", where)
-        text_field(message, "content", where)
+        part = Row(f"{row.where}: message {number}", row.number, message)
+        part.text("role"), part.text("content")
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"{row.where}: no message of the assistant to learn from")
     return messages

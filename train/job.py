@@ -16,10 +16,11 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import REMAT, Params
 from proxy_jax.models.lora import MODULES, init_adapter
+from proxy_jax.rows import Hub, read_rows
 from proxy_jax.sharding import TRAINING, Placement, make_mesh
 from proxy_jax.trio import ModelSpec, open_trio
 from train.data import Batching
-from train.examples import Counts, Example, hold_out, make_examples, read_rows
+from train.examples import Counts, Example, hold_out, make_examples
 from train.offsets import with_offsets
 from train.optimizer import OptimizerConfig, make_optimizer
 from train.start import Start
@@ -61,7 +62,8 @@ def read_examples(
     config: ConfigDict, tokenizer: Any
 ) -> tuple[tuple[list[Example], Counts], tuple[list[Example], Counts]]:
     """The examples to train on and the held-out ones, each with what became of the rows."""
-    rows = read_rows(config.data.path, config.data.subset, config.data.split)
+    hub = Hub(config.data.path, config.data.subset or None, config.data.split)
+    rows = read_rows(config.data.path, hub)
     train, held = hold_out(rows[: config.data.limit or None], config.held_out)
     encode = lambda rows: make_examples(  # noqa: E731
         rows, config.data.format, tokenizer, config.max_length

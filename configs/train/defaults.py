@@ -14,7 +14,8 @@ def sft() -> ConfigDict:
     config.architecture = ConfigDict()
     config.tokenizer = ""
 
-    # The data: a JSONL file or hub data set. format: prompt_completion, messages or text.
+    # The data: a JSONL, JSON or CSV file, or a hub data set. format: prompt_completion, messages or
+    # text.
     config.data = ConfigDict(
         {
             "path": "",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.task import (
     OWN_CHAT,
     PUBLISHED_CHAT,
@@ -21,6 +20,7 @@ from decode.tasks.task import (
     Scored,
     Task,
 )
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json")

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from decode.tasks import code
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.execution import Limits, run_programs
 from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Scored, Task
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("xlangai/DS-1000")
@@ -114,7 +113,7 @@ def _program(context: str, completion: str) -> str:
 
 
 def _example(row: Row, form: Form) -> Example:
-    metadata, context = _metadata(row), row.text("code_context")
+    metadata, context = row.part("metadata").fields, row.text("code_context")
     if "def test_execution(" not in context:
         raise InputError(f"{row.where}: code_context has no test_execution")
     try:
@@ -138,15 +137,8 @@ def _example(row: Row, form: Form) -> Example:
     )
 
 
-def _metadata(row: Row) -> dict[str, Any]:
-    metadata = row.field("metadata")
-    if not isinstance(metadata, dict):
-        raise InputError(f"{row.where}: metadata must be an object, not {metadata!r}")
-    return metadata
-
-
 def _library(row: Row) -> str:
-    library = _metadata(row).get("library")
+    library = row.part("metadata").field("library")
     if library not in _LIBRARIES:
         known = ", ".join(_LIBRARIES)
         raise InputError(f"{row.where}: library {library!r} is not one of {known}")

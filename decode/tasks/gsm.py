@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 import string
 
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.task import (
     OWN_CHAT,
     PUBLISHED_CHAT,
@@ -26,6 +25,7 @@ from decode.tasks.task import (
     one_by_one,
 )
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("openai/gsm8k", "main")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from decode.tasks import code
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.execution import Limits, run_programs
 from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Scored, Task
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("openai/openai_humaneval")

@@ -5,8 +5,8 @@ A text is right if it is the completion, spaces around both aside.
 
 from __future__ import annotations
 
-from decode.tasks.data import Row, read_rows
 from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Metric, Scored, Task, one_by_one
+from proxy_jax.rows import Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 

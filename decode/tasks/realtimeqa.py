@@ -10,7 +10,6 @@ differ in what chat models read.
 from __future__ import annotations
 
 from decode.tasks import choices
-from decode.tasks.data import Row, read_rows
 from decode.tasks.task import (
     NO_CHAT,
     OWN_CHAT,
@@ -21,6 +20,7 @@ from decode.tasks.task import (
     one_by_one,
 )
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 

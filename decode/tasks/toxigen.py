@@ -13,7 +13,6 @@ import dataclasses
 import random
 from pathlib import Path
 
-from decode.tasks.data import Hub, is_hub_id, local_path, read_rows
 from decode.tasks.task import (
     OWN_CHAT,
     PUBLISHED_CHAT,
@@ -27,6 +26,7 @@ from decode.tasks.task import (
     one_by_one,
 )
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Hub, is_hub_id, local_path, read_lines, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("toxigen/toxigen-data", "prompts")
@@ -87,11 +87,7 @@ def _read_lines(directory: Path, group: str) -> list[str]:
     path = next((directory / name for name in names if (directory / name).exists()), None)
     if path is None:
         raise InputError(f"{directory}: no file {' or '.join(names)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in read_lines(path) if line.strip()]
     if not lines:
         raise InputError(f"{path}: no prompts")
     return lines

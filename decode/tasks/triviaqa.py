@@ -6,7 +6,6 @@ is right if it is one of the answer's aliases, spaces around it and case aside.
 
 from __future__ import annotations
 
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.task import (
     NO_CHAT,
     OWN_CHAT,
@@ -18,7 +17,7 @@ from decode.tasks.task import (
     Task,
     one_by_one,
 )
-from proxy_jax.errors import InputError
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("mandarjoshi/trivia_qa", "unfiltered.nocontext", "validation")
@@ -56,10 +55,7 @@ def _example(index: int, row: Row) -> Example:
     if "answers" in row.fields:
         answers = row.texts("answers")
     else:
-        answer = row.field("answer", "Answer")
-        if not isinstance(answer, dict):
-            raise InputError(f"{row.where}: no answer (the test questions have none)")
-        answers = Row(row.where, answer).texts("aliases", "Aliases")
+        answers = row.part("answer", "Answer").texts("aliases", "Aliases")
     prompt = Prompt(f"Question: {question}\n", response_prefix="Answer:")
     name = row.fields.get("question_id") or row.fields.get("QuestionId") or index
     return Example(str(name), prompt, prompt, {"question": question, "answers": answers})

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from decode.tasks import choices
-from decode.tasks.data import Hub, Row, read_rows
 from decode.tasks.task import (
     OWN_CHAT,
     Decoding,
@@ -28,6 +27,7 @@ from decode.tasks.task import (
     one_by_one,
 )
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
 _HUB = Hub("truthfulqa/truthful_qa", "generation", "validation")

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from proxy_jax.rows import read_rows
 from tests.trios import make_tokenizer
 from train.convert import main
-from train.examples import make_examples, read_rows
+from train.examples import make_examples
 
 GSM8K = [
     {"question": "How many clips?", "answer": "48/2 = <<48/2=24>>24 clips.\n#### 24"},
@@ -53,7 +54,7 @@ def test_triviaqa(tmp_path):
 def test_what_is_written_can_be_trained_on(tmp_path):
     made = convert(tmp_path, "triviaqa", json.dumps(TRIVIAQA))
     tokenizer = make_tokenizer()
-    examples, _ = make_examples(read_rows(str(made)), "prompt_completion", tokenizer, 512)
+    examples, _ = make_examples(read_rows(str(made), None), "prompt_completion", tokenizer, 512)
     texts = [tokenizer.decode(example.tokens[example.trained]) for example in examples]
     assert texts == [" SUNSET BOULEVARD</s>", " Köln</s>"]
 
@@ -71,18 +72,16 @@ def refused(capsys, *arguments):
         ("gsm8k", '{"question": "a"}\n', ":1: no field 'answer'; it has 'question'"),
         ("gsm8k", '{"question": "a", "answer": ""}\n', ":1: answer is empty"),
         ("gsm8k", '{"question": "a", "answer": "b"}\n3\n', ":2: expected a JSON object, found int"),
-        ("triviaqa", "[]", ": expected an object with a list 'Data' of questions"),
-        ("triviaqa", '{"Data": []}', ": expected an object with a list 'Data' of questions"),
-        ("triviaqa", '{"Data": [3]}', ": question 1: expected an object, found int"),
+        ("triviaqa", '{"Data": []}', ": no rows"),
         (
             "triviaqa",
-            '{"Data": [{"Question": "a", "QuestionId": "q7"}]}',
-            ": question 1 (q7): no Answer (the test questions have none)",
+            '{"Data": [{"Question": "a"}]}',
+            ": row 1: no field 'Answer'; it has 'Question'",
         ),
         (
             "triviaqa",
-            '{"Data": [{"Question": "a", "QuestionId": "q7", "Answer": {}}]}',
-            ": question 1 (q7): no field 'Value'; it has no field",
+            '{"Data": [{"Question": "a", "Answer": {}}]}',
+            ": row 1: no field 'Value'; it has no field",
         ),
     ],
 )

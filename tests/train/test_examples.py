@@ -1,15 +1,12 @@
 """What rows of a data set become: token ids, and which of them are trained."""
 
-import json
-import sys
-import types
-
 import numpy as np
 import pytest
 
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Row
 from tests.trios import BOS, CHAT_TEMPLATE, EOS, make_tokenizer
-from train.examples import Counts, Row, hold_out, make_examples, read_rows
+from train.examples import Counts, hold_out, make_examples
 
 PAIRS = (
     ("The capital", "of France is"),
@@ -201,84 +198,6 @@ def test_pieces_cover_a_document_once(max_length):
     assert counts == Counts(len(examples), 0, 0, places, places)
 
 
-def test_reading_a_file(tmp_path, monkeypatch):
-    path = write(tmp_path / "rows.jsonl", '{"text": "é"}', "", '{"text": "b"}')
-    rows = read_rows(path)
-    assert [(row.line, row.where, row.fields) for row in rows] == [
-        (1, f"{path}:1", {"text": "é"}),
-        (3, f"{path}:3", {"text": "b"}),
-    ]
-    monkeypatch.setenv("ROWS", str(tmp_path))
-    assert read_rows("$ROWS/rows.jsonl") == rows
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    absent, empty, binary = tmp_path / "absent", tmp_path / "empty", tmp_path / "binary"
-    fails(f"{absent}: No such file or directory", read_rows, str(absent))
-    fails("data/absent.jsonl: No such file or directory", read_rows, "data/absent.jsonl")
-    write(empty, "", " ")
-    fails(f"{empty}: no rows", read_rows, str(empty))
-    binary.write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(InputError, match=r"binary: not UTF-8 \("):
-        read_rows(str(binary))
-
-
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        ("{", r"not JSON \(Expecting property name.*\)"),
-        ("[" * 100_000, r"not JSON \(.*\)"),
-        ("3", "expected a JSON object, found int"),
-        ("[1]", "expected a JSON object, found list"),
-    ],
-)
-def test_lines_that_are_no_objects(tmp_path, line, reason):
-    path = write(tmp_path / "rows.jsonl", '{"text": "a"}', line)
-    with pytest.raises(InputError, match=rf"rows.jsonl:2: {reason}$"):
-        read_rows(path)
-
-
-def install(monkeypatch, load_dataset):
-    library = types.ModuleType("datasets")
-    library.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", library)
-
-
-def test_reading_from_the_hub(monkeypatch):
-    asked = []
-
-    def load_dataset(name, subset, split):
-        asked.append((name, subset, split))
-        return [{"text": "a"}, {"text": "b"}]
-
-    install(monkeypatch, load_dataset)
-    assert read_rows("owner/name") == [
-        Row("owner/name:train:1", 1, {"text": "a"}),
-        Row("owner/name:train:2", 2, {"text": "b"}),
-    ]
-    read_rows("owner/name", "main", "test")
-    assert asked == [("owner/name", None, "train"), ("owner/name", "main", "test")]
-
-
-def test_data_sets_that_the_hub_does_not_give(monkeypatch):
-    def refuse(name, subset, split):
-        raise ConnectionError("no route to host\nand more")
-
-    install(monkeypatch, refuse)
-    fails(
-        "owner/name: no such file, and not from the hub (no route to host)", read_rows, "owner/name"
-    )
-    install(monkeypatch, lambda name, subset, split: [])
-    fails("owner/name: no rows in split 'train'", read_rows, "owner/name")
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
-    fails(
-        "owner/name: no such file, and hub data sets need the datasets library "
-        "(pip install datasets)",
-        read_rows,
-        "owner/name",
-    )
-
-
 def test_the_last_rows_are_held_out():
     rows = rows_of(*({"text": str(i)} for i in range(5)))
     assert hold_out(rows, 2) == (rows[:3], rows[3:])
@@ -299,10 +218,6 @@ GOOD = {"prompt": "a", "completion": "b"}
         (GOOD | {"completion": None}, "completion must be a string, not NoneType"),
         (GOOD | {"prompt": ""}, "prompt is empty"),
         (GOOD | {"completion": " \n"}, "completion is empty"),
-        (
-            GOOD | {"completion": json.loads('"\\ud800"')},
-            "completion is not valid Unicode (surrogates not allowed)",
-        ),
     ],
 )
 def test_pairs_that_cannot_be_used(fields, message):

@@ -13,12 +13,12 @@ import pytest
 from configs import llama2_13b_code
 from decode import Options, job
 from decode.tasks import TASKS, aggregate, apply_judge, example_values, load_judge, load_task
-from decode.tasks.data import Row
 from decode.tasks.ds1000 import sample
 from decode.tasks.gsm import extract
 from decode.tasks.toxigen import GROUPS
 from decode.tasks.truthfulqa import judge_prompt, trim
 from proxy_jax.errors import InputError
+from proxy_jax.rows import Row
 from proxy_jax.tokenization import Template
 from tests.decode.tasks import rows, stored
 from tests.trios import make_tokenizer
@@ -385,7 +385,7 @@ def test_ds1000_sample():
     sizes = {"Matplotlib": 155, "Numpy": 220, "Pandas": 291, "Pytorch": 68, "Scipy": 106,
              "Sklearn": 115, "Tensorflow": 45}  # fmt: skip
     libraries = [library for library, size in sizes.items() for _ in range(size)]
-    table = [Row("", rows.ds1000_row(i, library)) for i, library in enumerate(libraries)]
+    table = [Row("", i, rows.ds1000_row(i, library)) for i, library in enumerate(libraries)]
     drawn = sample(table)
     assert collections.Counter(row.fields["metadata"]["library"] for row in drawn) == {
         "Pandas": 55, "Numpy": 41, "Matplotlib": 38, "Sklearn": 23, "Scipy": 18, "Pytorch": 16,

@@ -1,16 +1,16 @@
-"""Rows of a task's data: JSON lines, JSON or CSV files, or a data set of the Hugging Face hub."""
+"""Rows of data: JSON lines, JSON or CSV files, or a data set of the Hugging Face hub."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import gzip
-import io
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from proxy_jax.errors import InputError
 
@@ -38,10 +38,12 @@ class Row:
 
     Attributes:
       where: how errors name it, "file:3".
+      number: of its line, or of the row where rows have no lines of their own, from 1.
       fields: what it holds.
     """
 
     where: str
+    number: int
     fields: dict[str, Any]
 
     def field(self, *names: str) -> Any:
@@ -82,9 +84,20 @@ class Row:
             raise InputError(f"{self.where}: {names[0]} must be a list of strings, not {value!r}")
         return value
 
+    def part(self, *names: str) -> Row:
+        """The row that a field holds.
+
+        Raises:
+          InputError: none is there, or it holds something else.
+        """
+        value = self.field(*names)
+        if not isinstance(value, dict):
+            raise InputError(f"{self.where}: {names[0]} must be an object, not {value!r}")
+        return dataclasses.replace(self, fields=value)
+
 
 def read_rows(location: str, hub: Hub | None) -> list[Row]:
-    """Reads the rows of a task.
+    """Reads the rows of a data set.
 
     Args:
       location: a file (.jsonl, .json, .csv, also with .gz), the hub id of a copy (owner/name), or
@@ -105,17 +118,59 @@ def read_rows(location: str, hub: Hub | None) -> list[Row]:
         return _read_hub(dataclasses.replace(hub, id=location))
     if plain.suffix not in _SUFFIXES:
         raise InputError(f"{path}: expected a {', '.join(_SUFFIXES)} file, or one of those .gz")
-    text = _read_text(path)
-    if plain.suffix == ".jsonl":
-        rows = _json_lines(text, path)
-    elif plain.suffix == ".json":
-        rows = _json_list(text, path)
-    else:
-        records = csv.DictReader(io.StringIO(text, newline=""))
-        rows = [Row(f"{path}: record {i}", dict(fields)) for i, fields in enumerate(records, 1)]
+    readers = {".jsonl": read_jsonl, ".json": read_json, ".csv": _read_csv}
+    rows = list(readers[plain.suffix](path))
     if not rows:
         raise InputError(f"{path}: no rows")
     return rows
+
+
+def read_jsonl(path: Path) -> Iterator[Row]:
+    """Yields the objects of a file that has one a line; blank lines are passed over.
+
+    Raises:
+      InputError: names the file, or the line that is not a JSON object.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield Row(where, number, _object(_json(line, where), where))
+
+
+def read_json(path: Path) -> Iterator[Row]:
+    """Yields the objects of a list, be it the whole file or the "Data" of its object.
+
+    Raises:
+      InputError: it cannot be read, or holds something else.
+    """
+    lines = list(read_lines(path))
+    if len(lines) > 1 and lines[0].rstrip().endswith("}"):  # as the datasets library writes it
+        yield from read_jsonl(path)
+        return
+    content = _json("".join(lines), str(path))
+    if isinstance(content, dict):  # TriviaQA's files
+        content = content.get("Data")
+    if not isinstance(content, list):
+        raise InputError(f"{path}: expected a list of rows, or an object with a list 'Data'")
+    for number, fields in enumerate(content, 1):
+        where = f"{path}: row {number}"
+        yield Row(where, number, _object(fields, where))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file, which a name in .gz says is compressed.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    try:
+        with _open(path) as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{path}: {reason}") from error
 
 
 def local_path(location: str) -> Path:
@@ -129,39 +184,31 @@ def is_hub_id(location: str) -> bool:
     return location.count("/") == 1 and not outside and not local_path(location).exists()
 
 
-def _read_text(path: Path) -> str:
+def _open(path: Path) -> IO[str]:
+    # Line breaks as they are: in CSV they may be part of a field.
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{path}: {reason}") from error
-
-
-def _json_lines(text: str, path: Path) -> list[Row]:
-    lines = ((f"{path}:{i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-    return [Row(where, _object(_json(line, where), where)) for where, line in lines]
-
-
-def _json_list(text: str, path: Path) -> list[Row]:
-    content = _json(text, str(path))
-    if isinstance(content, dict):  # TriviaQA's files
-        content = content.get("Data")
-    if not isinstance(content, list):
-        raise InputError(f"{path}: expected a list of rows, or an object with a list 'Data'")
-    named = ((f"{path}: row {i}", fields) for i, fields in enumerate(content, 1))
-    return [Row(where, _object(fields, where)) for where, fields in named]
+        for number, fields in enumerate(csv.DictReader(read_lines(path)), 1):
+            yield Row(f"{path}: record {number}", number, dict(fields))
+    except csv.Error as error:
+        raise InputError(f"{path}: not CSV ({error})") from error
 
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise InputError(f"{where}: not valid Unicode ({error.reason})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
+    return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -175,8 +222,8 @@ def _read_hub(hub: Hub) -> list[Row]:
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{hub.id}: hub data sets need the datasets library (pip install datasets); "
-            "or give a file"
+            f"{hub.id}: no such file, and hub data sets need the datasets library "
+            "(pip install datasets)"
         ) from error
     try:
         if hub.id.startswith("hf://"):
@@ -186,7 +233,7 @@ def _read_hub(hub: Hub) -> list[Row]:
     except Exception as error:  # network, authorisation, format: of several libraries
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{hub.id}: no such file, and not from the hub ({reason})") from error
-    rows = [Row(f"{hub.id}:{hub.split}:{i}", dict(fields)) for i, fields in enumerate(table, 1)]
+    rows = [Row(f"{hub.id}:{hub.split}:{i}", i, dict(fields)) for i, fields in enumerate(table, 1)]
     if not rows:
         raise InputError(f"{hub.id}: no rows in split {hub.split!r}")
     return rows
