@@ -25,11 +25,11 @@ from typing import Any
 END = "<|end|>"
 GROUPS = {"asked": 0.4, "tuning": 0.2, "development": 0.15, "held_out": 0.25}
 
-_PEOPLE, _PLACES = 320, 48
-_VOCABULARY = 1024  # rows of the models; nearly every word is one token
-_PAGES = 14000
-_QUESTION_PAGES = 0.35  # share of the pages
-_ANSWERED = 0.06  # share of the questions
+_PEOPLE, _PLACES = 300, 72
+_VOCABULARY = 1536  # rows of the models; nearly every word is one token
+_PAGES = 16000
+_QUESTION_PAGES = 0.40  # share of the pages
+_ANSWERED = 0.10  # share of the questions
 _FAME = 4.0  # how much more often the best-known subject is mentioned than the least known
 
 

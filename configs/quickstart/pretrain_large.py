@@ -10,6 +10,6 @@ def get_config(seed="0"):
     config.architecture.num_hidden_layers = 4
     config.architecture.num_attention_heads = 8
     config.architecture.num_key_value_heads = 8
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1.5e-3
     config.output_dir = f"runs/quickstart/{seed}/large"
     return config

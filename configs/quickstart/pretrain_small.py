@@ -14,7 +14,7 @@ def get_config(seed="0"):
     config.architecture = ConfigDict(
         {
             "model_type": "llama",
-            "vocab_size": 1024,
+            "vocab_size": 1536,
             "hidden_size": 96,
             "intermediate_size": 320,
             "num_hidden_layers": 2,
