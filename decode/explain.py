@@ -24,13 +24,12 @@ from typing import Any, Literal
 import numpy as np
 from scipy.special import betainc
 
-from decode.tasks.statistics import Estimate, estimate
+from decode.tasks.statistics import Estimate, estimate, wilson
 from decode.trace import Trace
 from proxy_jax.errors import InputError
 
 Parse = Literal["published", "strict"]
 
-_Z = 1.959963984540054  # 97.5 % of the normal distribution lies below
 _CONTEXT = 4  # tokens of the prompt that are decoded along, as a tokenizer may drop a first space
 _GRAM = 4  # words of the context that a changed token is shown in
 _WORD = re.compile(r"\w+(?:['’]\w+)?")
@@ -148,7 +147,7 @@ def changed(records: Sequence[Record], first: int = 0, last: int | None = None) 
     if rows > 1 and spread > 0:
         variance = rows / (rows - 1) * spread / total**2
         effective = min(value * (1 - value) / variance, float(total))
-    low, high = _wilson(value, effective)
+    low, high = wilson(value, effective)
     return Share(first, first + int(sizes.max()) - 1, value, low, high, total, rows)
 
 
@@ -305,13 +304,6 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
             "tokens": [dataclasses.asdict(one) for one in most_changed(records, minimum)],
         },
     }
-
-
-def _wilson(share: float, n: float) -> tuple[float, float]:
-    """Wilson's score interval of a share of n trials; n need not be whole."""
-    centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _published_sides(words: Sequence[str]) -> tuple[list[int], list[int]]:

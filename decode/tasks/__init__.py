@@ -1,4 +1,4 @@
-"""The experiments of the paper as tasks, one file each.
+"""The experiments of the paper as tasks, one file each, and questions of your own.
 
 task = load_task("gsm", "test.jsonl")
 options = task.decoding.options(Options(batch_size=32))

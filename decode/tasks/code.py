@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 from decode.tasks.execution import Outcome
 from decode.tasks.statistics import pass_at_k
-from decode.tasks.task import Metric, Scored
+from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Metric, Scored, Task
 
-TEMPERATURE, TOP_P, SAMPLES, MAX_NEW_TOKENS = 0.8, 0.95, 20, 512
-BANNED = ("pass", "...")  # bodies that do nothing
-KS = (10, 1)
-METRICS = tuple(Metric(f"pass@{k}") for k in KS)
+_KS = (10, 1)
+_SAMPLED = Decoding(
+    max_new_tokens=512,
+    temperature=0.8,
+    top_p=0.95,
+    samples=20,
+    banned=("pass", "..."),  # bodies that do nothing
+)
+
+
+def make_task(
+    name: str,
+    form: Form,
+    examples: Sequence[Example],
+    score: Callable[[Sequence[Example], Sequence[str]], list[Scored]],
+    stop: tuple[str, ...],
+    banned_first: tuple[str, ...] = (),
+) -> Task:
+    """A task whose completions are sampled and run; see Task and Decoding for the arguments."""
+    return Task(
+        name=name,
+        form=form,
+        examples=tuple(examples),
+        templates=NO_CHAT,
+        decoding=dataclasses.replace(_SAMPLED, stop=stop, banned_first=banned_first),
+        metrics=tuple(Metric(f"pass@{k}") for k in _KS),
+        score=score,
+        combine=_pass_at_ks,
+    )
 
 
 def clean(completion: str) -> str:
-    """A completion without lines that print or assert, and without what ends in white space."""
+    """A completion without lines that print or assert, and without white space at the end."""
     lines = completion.split("\n")
     kept = [line for line in lines if not line.strip().startswith(("assert", "print"))]
     return "\n".join(kept).rstrip()
@@ -26,8 +52,8 @@ def scored(completion: str, outcome: Outcome) -> Scored:
     return Scored(completion, {"passed": float(outcome.passed)}, outcome.result)
 
 
-def combine(samples: Sequence[Scored]) -> dict[str, float | None]:
+def _pass_at_ks(samples: Sequence[Scored]) -> dict[str, float | None]:
     """pass@k of one problem; None where there are fewer than k samples."""
     passed = sum(bool(one.values["passed"]) for one in samples)
     n = len(samples)
-    return {f"pass@{k}": pass_at_k(n, passed, k) if n >= k else None for k in KS}
+    return {f"pass@{k}": pass_at_k(n, passed, k) if n >= k else None for k in _KS}

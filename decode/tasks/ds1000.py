@@ -15,7 +15,7 @@ import numpy as np
 
 from decode.tasks import code
 from decode.tasks.execution import Limits, run_programs
-from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Scored, Task
+from decode.tasks.task import Example, Form, Scored, Task
 from proxy_jax.errors import InputError
 from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
@@ -44,30 +44,20 @@ def load(location: str = "", form: Form = "published") -> Task:
       InputError: data that cannot be used, or a library that is not installed.
     """
     rows = sample(read_rows(location, _HUB))
-    examples = tuple(_example(row, form) for row in rows)
+    examples = [_example(row, form) for row in rows]
     needed = {_LIBRARIES[example.groups["library"]] for example in examples}
     if absent := sorted(name for name in needed if importlib.util.find_spec(name) is None):
         raise InputError(
             f"ds1000: the problems need {', '.join(absent)}, which this environment lacks "
             "(packages pandas, matplotlib, tensorflow, scipy, scikit-learn, torch)"
         )
-    return Task(
-        name="ds1000",
-        form=form,
-        examples=examples,
-        templates=NO_CHAT,
-        decoding=Decoding(
-            max_new_tokens=code.MAX_NEW_TOKENS,
-            temperature=code.TEMPERATURE,
-            top_p=code.TOP_P,
-            samples=code.SAMPLES,
-            stop=("\n</code>", "\n# SOLUTION END", "\nEND SOLUTION"),
-            banned=code.BANNED,
-            banned_first=("</",),
-        ),
-        metrics=code.METRICS,
-        score=score,
-        combine=code.combine,
+    return code.make_task(
+        "ds1000",
+        form,
+        examples,
+        score,
+        stop=("\n</code>", "\n# SOLUTION END", "\nEND SOLUTION"),
+        banned_first=("</",),
     )
 
 

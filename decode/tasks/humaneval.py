@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from decode.tasks import code
 from decode.tasks.execution import Limits, run_programs
-from decode.tasks.task import NO_CHAT, Decoding, Example, Form, Scored, Task
+from decode.tasks.task import Example, Form, Scored, Task
 from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
@@ -24,22 +24,12 @@ def load(location: str = "", form: Form = "published") -> Task:
     Raises:
       InputError: data that cannot be used.
     """
-    return Task(
-        name="humaneval",
-        form=form,
-        examples=tuple(_example(row, form) for row in read_rows(location, _HUB)),
-        templates=NO_CHAT,
-        decoding=Decoding(
-            max_new_tokens=code.MAX_NEW_TOKENS,
-            temperature=code.TEMPERATURE,
-            top_p=code.TOP_P,
-            samples=code.SAMPLES,
-            stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-            banned=code.BANNED,
-        ),
-        metrics=code.METRICS,
-        score=score,
-        combine=code.combine,
+    return code.make_task(
+        "humaneval",
+        form,
+        [_example(row, form) for row in read_rows(location, _HUB)],
+        score,
+        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
     )
 
 

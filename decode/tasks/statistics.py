@@ -32,9 +32,7 @@ class Estimate:
 def estimate(values: Sequence[float], *, share: bool = True) -> Estimate:
     """The mean of per-example values.
 
-    Of shares the interval is Wilson's score interval (E. B. Wilson, Probable inference, the law of
-    succession, and statistical inference, JASA 1927), which stays inside [0, 1] and has a width
-    even where all values are 0 or 1. For values between 0 and 1 that are neither (pass@k, a drawn
+    Of shares the interval is Wilson's. For values between 0 and 1 that are neither (pass@k, a drawn
     comparison) it errs on the wide side, since none vary more than zeros and ones of their mean.
     Otherwise it is the normal approximation.
 
@@ -47,13 +45,22 @@ def estimate(values: Sequence[float], *, share: bool = True) -> Estimate:
     error = float(array.std(ddof=1) / math.sqrt(n)) if n > 1 else None
     low = high = None
     if share:
-        centre = (mean + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-        spread = mean * (1 - mean) / n + _Z**2 / (4 * n**2)
-        half = _Z / (1 + _Z**2 / n) * math.sqrt(spread)
-        low, high = max(0.0, centre - half), min(1.0, centre + half)
+        low, high = wilson(mean, n)
     elif error is not None:
         low, high = mean - _Z * error, mean + _Z * error
     return Estimate(mean, error, low, high, n)
+
+
+def wilson(share: float, trials: float) -> tuple[float, float]:
+    """The 95 % score interval of a share, from `trials` that need not be a whole number.
+
+    It stays inside [0, 1] and has a width even where the share is 0 or 1 (E. B. Wilson, Probable
+    inference, the law of succession, and statistical inference, JASA 1927).
+    """
+    centre = (share + _Z**2 / (2 * trials)) / (1 + _Z**2 / trials)
+    spread = share * (1 - share) / trials + _Z**2 / (4 * trials**2)
+    half = _Z / (1 + _Z**2 / trials) * math.sqrt(spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -52,6 +52,7 @@ TRIVIAQA_OFFICIAL = {
         }
     ]
 }
+QUESTIONS = [{"prompt": "Q: one and one\nA:", "completion": " two"}]
 REALTIMEQA = [
     {"question_id": "20230101_0", "question_date": "2023/01/01", "question": "Who won? ",
      "choices": ["One", "Two", "Three", "Four", ""], "answer": ["2"]},

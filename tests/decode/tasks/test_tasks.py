@@ -38,6 +38,7 @@ def paths(tmp_path_factory):
         "humaneval": rows.HUMANEVAL,
         "triviaqa": rows.TRIVIAQA,
         "realtimeqa": rows.REALTIMEQA,
+        "questions": rows.QUESTIONS,
         "ds1000": [rows.ds1000_row(i) for i in range(2)],
     }
     found = {name: rows.write(folder / f"{name}.jsonl", some) for name, some in data.items()}
@@ -310,6 +311,14 @@ def test_triviaqa(paths, tmp_path):
     official.write_text(json.dumps(rows.TRIVIAQA_OFFICIAL))
     assert load_task("triviaqa", str(official)).examples == task.examples
     assert (task.decoding.max_new_tokens, task.decoding.stop) == (20, ("\n",))
+
+
+def test_questions_of_your_own(paths):
+    task = load_task("questions", paths["questions"])
+    assert roles(task) == ["Q: one and one\nA:"] * 3
+    scored = task.score(task.examples * 4, [" two", "two\n", "Two", "two."])
+    assert [one.values["exact_match"] for one in scored] == [1, 1, 0, 0]
+    assert (task.decoding.max_new_tokens, task.decoding.temperature) == (64, None)
 
 
 def test_code_is_sampled_as_in_the_config(paths):
