@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,11 +27,12 @@ import launch
 import manifest
 from decode import job, memory
 from decode.explain import Words, read_records, summarise
-from decode.outputs import OutputFile
-from decode.requests import Completion, Options
+from decode.outputs import open_output
+from decode.requests import Completion
 from decode.scheduler import Generator
 from decode.token_page import render
 from proxy_jax.errors import InputError
+from proxy_jax.rows import local_path
 from proxy_jax.sharding import Placement
 from proxy_jax.trio import LoadedTrio, Trio, load_trio, open_trio
 
@@ -57,7 +56,9 @@ def main(config: ConfigDict) -> None:
         trio, passes, place, options.batch_size, contexts, options.max_new_tokens
     ).check()
 
-    with contextlib.closing(open_output(config)) as output:
+    inputs = {"prompts": manifest.digest(local_path(config.prompts.path))}
+    directory = local_path(config.output_dir)
+    with contextlib.closing(open_output(directory, config.to_dict(), inputs)) as output:
         waiting = [request for request in requests if request.row not in output.done]
         resumed = len(requests) - len(waiting)
         summary: dict[str, Any] = {"rows": len(waiting), "rows_resumed": resumed}
@@ -73,7 +74,8 @@ def main(config: ConfigDict) -> None:
                 disable=not _first_process(),
             ) as bar:
                 for completions in generator.stream(waiting, contexts):
-                    output.append([record(c, rows, options, config) for c in completions])
+                    ids = config.save_token_ids
+                    output.append([record(c, rows, options.samples, ids) for c in completions])
                     speed = generator.new_tokens / (time.perf_counter() - start)
                     bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
                     bar.update(len(completions))
@@ -86,31 +88,21 @@ def main(config: ConfigDict) -> None:
         print(f"{len(requests)} rows in {output.path}")
 
 
-def open_output(config: ConfigDict) -> OutputFile:
-    """The output file; the first process writes it, the others read what is done."""
-    inputs = {
-        "prompts": manifest.digest(Path(os.path.expandvars(config.prompts.path)).expanduser())
-    }
-    directory = Path(os.path.expandvars(config.output_dir)).expanduser()
-    job_config = config.to_dict()
-    if jax.process_count() == 1:
-        return OutputFile(directory, job_config, inputs)
-    output = OutputFile(directory, job_config, inputs) if _first_process() else None
-    multihost_utils.sync_global_devices("output file opened")
-    output = output or OutputFile(directory, job_config, inputs, write=False)
-    # Nobody writes before everybody has read.
-    multihost_utils.sync_global_devices("output file read")
-    return output
-
-
 def record(
-    completion: Completion, rows: list[job.PromptRow], options: Options, config: ConfigDict
+    completion: Completion, rows: list[job.PromptRow], samples: int, token_ids: bool = False
 ) -> dict[str, Any]:
-    """One line of outputs.jsonl."""
-    index, sample = divmod(completion.row, options.samples)
+    """One line of outputs.jsonl.
+
+    Args:
+      completion: of one of the prompts.
+      rows: the prompts.
+      samples: completions of each.
+      token_ids: whether the line has them; with a trace it does.
+    """
+    index, sample = divmod(completion.row, samples)
     source = rows[index]
     fields: dict[str, Any] = {"row": completion.row, "line": source.line, "sample": sample}
-    if config.prompts.id_field:
+    if source.id is not None:
         fields["id"] = source.id
     fields |= {
         "prompt": source.prompt.text,
@@ -119,7 +111,7 @@ def record(
         "new_tokens": len(completion.token_ids),
         "prompt_tokens": dict(completion.prompt_tokens),
     }
-    if config.save_token_ids or completion.trace:
+    if token_ids or completion.trace:
         fields["token_ids"] = list(completion.token_ids)
     if completion.trace:
         fields["trace"] = completion.trace.as_dict()

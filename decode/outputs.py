@@ -14,6 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
+
 import manifest
 from proxy_jax.errors import InputError
 
@@ -129,6 +132,23 @@ class OutputFile:
 
     def _save_manifest(self) -> None:
         manifest.write(self.path.parent, self._content)
+
+
+def open_output(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> OutputFile:
+    """A job's file in every process: the first writes it, the others read what is done.
+
+    Raises:
+      InputError: see OutputFile.
+    """
+    if jax.process_count() == 1:
+        return OutputFile(directory, config, inputs)
+    first = jax.process_index() == 0
+    output = OutputFile(directory, config, inputs) if first else None
+    multihost_utils.sync_global_devices("output file opened")
+    output = output or OutputFile(directory, config, inputs, write=False)
+    # Nobody writes before everybody has read.
+    multihost_utils.sync_global_devices("output file read")
+    return output
 
 
 def _row(line: bytes) -> int:

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import signal
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ from tqdm import tqdm
 import launch
 import manifest
 from proxy_jax.errors import InputError
+from proxy_jax.rows import local_path
 from train.checkpoint import Checkpoints, Preemption
 from train.data import Batches
 from train.export import Lora, check_export, export_expert, write_model
@@ -153,7 +153,7 @@ def open_run(config: ConfigDict) -> Path:
       InputError: the directory holds a run of another config or other data.
     """
     directory = Path(config.output_dir).expanduser()
-    data = Path(os.path.expandvars(config.data.path)).expanduser()
+    data = local_path(config.data.path)
     new = manifest.new(config.to_dict(), {"data": manifest.digest(data)} if data.is_file() else {})
     old = manifest.read(directory)
     if old and (changed := manifest.changed(old, new, _FREE)):

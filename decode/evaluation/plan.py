@@ -16,20 +16,18 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from configs.defaults import decoding
-from decode.outputs import OutputFile
+from decode.outputs import OutputFile, open_output
 from decode.requests import Schedule, as_schedule
 from decode.tasks import Example, Task, load_judge, load_task
 from proxy_jax.errors import InputError
+from proxy_jax.rows import local_path
 from proxy_jax.tokenization import Prompt, Template
 from proxy_jax.trio import ROLES
 
@@ -107,8 +105,9 @@ class Job:
         """
         if not self.outputs.exists():
             return self.completions
+        given = self.directory, dict(self.settings), dict(self.inputs)
         try:
-            with contextlib.closing(self._open(write=False)) as output:
+            with contextlib.closing(OutputFile(*given, write=False)) as output:
                 return len(set(range(self.completions)) - output.done)
         except InputError:
             if self.settings["overwrite"]:
@@ -116,18 +115,8 @@ class Job:
             raise
 
     def open(self) -> OutputFile:
-        """The file; the first process writes it, the others read what is done."""
-        if jax.process_count() == 1:
-            return self._open(write=True)
-        output = self._open(write=True) if jax.process_index() == 0 else None
-        multihost_utils.sync_global_devices("output file opened")
-        output = output or self._open(write=False)
-        # Nobody writes before everybody has read.
-        multihost_utils.sync_global_devices("output file read")
-        return output
-
-    def _open(self, *, write: bool) -> OutputFile:
-        return OutputFile(self.directory, dict(self.settings), dict(self.inputs), write=write)
+        """The file, to write what is missing."""
+        return open_output(self.directory, dict(self.settings), dict(self.inputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +155,7 @@ def plan_evaluation(config: ConfigDict) -> Evaluation:
             raise InputError(f"{role}.path is empty: an evaluation compares M, M+ and the proxy")
     if not config.tasks:
         raise InputError("tasks is empty: what is evaluated?")
-    directory = Path(os.path.expandvars(config.output_dir)).expanduser()
+    directory = local_path(config.output_dir)
     alphas = _check_sweep(config)
     runs = [_task_run(name, config.tasks[name], config.sweep.limit) for name in config.tasks]
     rows = [row for row in ROWS if row == "proxy" or _has_model(config, row)]

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import manifest
-from configs.defaults import decoding
 from decode import job, memory
 from decode.evaluation.plan import Evaluation, Job, decoding_config
 from decode.generate import load_with_progress, record
@@ -161,15 +160,13 @@ def _decode_texts(
         if request.row not in file.done
     ]
     by_number = {one.number: (_prompt_rows(one), file) for one, file in pairs}
-    settings = decoding()
-    settings.prompts.id_field = "id"  # records have the examples' ids
     start, speed = time.perf_counter(), 0.0
     for completions in generator.stream(waiting, work.contexts):
         records: dict[int, list[dict[str, Any]]] = collections.defaultdict(list)
         for completion in completions:
             number, row = divmod(completion.row, stride)
             own = dataclasses.replace(completion, row=row)
-            records[number].append(record(own, by_number[number][0], work.options, settings))
+            records[number].append(record(own, by_number[number][0], work.options.samples))
         for number, some in records.items():
             by_number[number][1].append(some)
         speed = generator.new_tokens / (time.perf_counter() - start)
