@@ -23,9 +23,10 @@ from tqdm import tqdm
 import launch
 import manifest
 from decode.evaluation.plan import Evaluation, plan_evaluation
-from decode.evaluation.report import below_expert, write_report
+from decode.evaluation.report import write_report
 from decode.evaluation.results import make_results
 from decode.evaluation.run import decode_row, open_rows, unfinished
+from decode.evaluation.wording import below_expert
 
 
 def main(config: ConfigDict) -> None:

@@ -54,14 +54,14 @@ def _figures(records: Sequence[Record]) -> str:
         (f"{len(records)}", "completions" if len(records) > 1 else "completion"),
         (f"{share.steps}", "tokens"),
         (
-            f"{share.value:.1%}",
-            f"of tokens where the tuning changes M's first choice ({share.low:.0%} to "
-            f"{share.high:.0%})",
+            f"{100 * share.value:.1f} %",
+            f"of tokens where the tuning changes M's first choice ({100 * share.low:.0f} to "
+            f"{100 * share.high:.0f} %)",
         ),
         (f"{means['kl']:.2f}", "nats, mean KL(proxy ‖ M)"),
     ]
     if means["overlap"] is not None:
-        figures.append((f"{means['overlap']:.0%}", "mean overlap of proxy and M+"))
+        figures.append((f"{100 * means['overlap']:.0f} %", "mean overlap of proxy and M+"))
     return "".join(f"<div><b>{value}</b> {what}</div>" for value, what in figures)
 
 
@@ -195,14 +195,14 @@ details pre {
 #card[hidden] { display: none; }
 #card p { margin: 0 0 .6rem; color: var(--ink); font-size: .95rem; }
 #card small { display: block; margin-top: .6rem; font-size: .8rem; color: var(--soft); }
-.models { display: flex; flex-wrap: wrap; gap: .6rem 1.2rem; }
+.models { display: flex; flex-wrap: wrap; align-items: start; gap: .6rem 1.2rem; }
 .models table { border-collapse: collapse; min-width: 9rem; }
 .models caption { text-align: left; font-weight: 600; padding-bottom: .15rem; }
 .models td { padding: .05rem .35rem; max-width: 9rem; white-space: pre; overflow: hidden;
   text-overflow: ellipsis; }
 .models td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .models tr {
-  background: linear-gradient(to right, rgb(128 128 128 / .22) var(--p), transparent 0);
+  background: linear-gradient(rgb(128 128 128 / .22) 0 0) no-repeat 0 / var(--p) 100%;
 }
 .models .drawn { font-weight: 700; }
 @media (max-width: 40rem) {

@@ -275,7 +275,7 @@ th[data-row] { white-space: nowrap; }
 table.narrow { width: auto; }
 table.narrow td:first-child, table.narrow th:first-child { padding-right: 2.5rem; }
 figure { margin: 1.2rem 0; }
-figure svg { display: block; width: 100%; height: auto; }
+figure svg { display: block; max-width: 100%; height: auto; }
 pre { margin: .3rem 0 0; font: .8rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .text { margin: .7rem 0; padding: .6rem .9rem; border-left: 3px solid var(--of, var(--line));

@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from decode.evaluation.wording import LABELS, percent, words
+
 # By name, on a light page and on a dark one.
 PALETTE = {
     "ink": ("#1f2328", "#e6e8eb"),
@@ -23,7 +25,6 @@ PALETTE = {
     "proxy": ("#2f5fd0", "#7aa2ff"),
     "tuned": ("#b7791f", "#dfae5b"),
 }
-LABELS = {"base": "M", "expert": "M+", "antiexpert": "M−", "proxy": "proxy", "tuned": "tuned M"}
 # What matplotlib draws with in place of a colour of the palette.
 _STAND_IN = {name: f"#0000{10 + i}" for i, name in enumerate(PALETTE)}
 _LARGEST = 3  # metrics in one figure
@@ -41,11 +42,6 @@ _STYLE: Any = {
 }
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """A share as people read it."""
-    return f"{100 * share:.{digits}f} %"
-
-
 def plot_rows(task: Mapping[str, Any]) -> str | None:
     """Bars of every row with their confidence intervals, a panel a metric, as SVG.
 
@@ -60,7 +56,8 @@ def plot_rows(task: Mapping[str, Any]) -> str | None:
         return None
     rows = list(task["rows"])
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * len(metrics) + 0.9, 0.42 * len(rows) + 0.8))
+        width = max(5.0, 3.4 * len(metrics)) + 0.9
+        figure = Figure(figsize=(width, 0.42 * len(rows) + 0.8))
         panels = figure.subplots(1, len(metrics), sharex=True, sharey=True, squeeze=False)[0]
         for axes, name in zip(panels, metrics, strict=True):
             for place, row in enumerate(rows):
@@ -82,16 +79,19 @@ def plot_rows(task: Mapping[str, Any]) -> str | None:
             expert = task["rows"].get("expert", {}).get("metrics", {}).get(name)
             if expert:
                 axes.axvline(expert["value"], color=_STAND_IN["expert"], lw=1, ls=(0, (3, 3)))
-            axes.set_title(name.replace("_", " "), fontsize=10, loc="left")
+            axes.set_title(words(name), fontsize=10, loc="left")
             axes.set_yticks(range(len(rows)), [LABELS[row] for row in rows])
             axes.tick_params(length=0)
             axes.tick_params(axis="y", labelcolor=_STAND_IN["ink"])
             axes.spines["left"].set_visible(False)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x, 0)))
-            axes.xaxis.set_major_locator(MaxNLocator(4))
         panels[0].invert_yaxis()
-        highest = max(axes.dataLim.x1 for axes in panels)
-        panels[0].set_xlim(0, 1.25 * highest or 1)  # room for the figures beside the bars
+        highest = max(axes.dataLim.x1 for axes in panels) or 1.0
+        # Room for the figures beside the bars; the scale itself ends before.
+        ticks = [tick for tick in MaxNLocator(4).tick_values(0, highest) if tick <= highest]
+        panels[0].set(xlim=(0, 1.25 * highest), xticks=ticks)
+        for axes in panels:
+            axes.spines["bottom"].set_bounds(0, highest)
         figure.tight_layout(w_pad=2)
         return _svg(figure, f"{task['name']}-rows")
 
@@ -105,35 +105,34 @@ def plot_sweep(task: Mapping[str, Any]) -> str | None:
     Returns:
       None if there are not two points to draw a line through.
     """
-    sweep, metrics = task["sweep"], _metrics(task)
-    if not sweep or not metrics or len(sweep["points"]) < 2:
+    metrics = _metrics(task)
+    if not task["sweep"] or not metrics:
         return None
-    alphas = [point["alpha"] for point in sweep["points"]]
     headline, *others = metrics
+    # A metric may be undefined at an alpha, where no answer counts.
+    points = [point for point in task["sweep"]["points"] if headline in point["metrics"]]
+    if len(points) < 2:
+        return None
+    alphas = [point["alpha"] for point in points]
+    found = [point["metrics"][headline] for point in points]
+    values, colour = [one["value"] for one in found], _STAND_IN["proxy"]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.4, 3.7))
         axes = figure.add_subplot()
-        found = [point["metrics"][headline] for point in sweep["points"]]
-        colour = _STAND_IN["proxy"]
-        axes.fill_between(
-            alphas, [f["low"] for f in found], [f["high"] for f in found], color=colour,
-            alpha=0.14, lw=0,
-        )  # fmt: skip
-        ends = []
+        low, high = [one["low"] for one in found], [one["high"] for one in found]
+        axes.fill_between(alphas, low, high, color=colour, alpha=0.14, lw=0)
+        ends = [(values[-1], words(headline), colour)]
         for name, dashes in zip(others, ("--", ":"), strict=False):
-            values = [point["metrics"][name]["value"] for point in sweep["points"]
-                      if name in point["metrics"]]  # fmt: skip
-            if len(values) == len(alphas):
-                axes.plot(alphas, values, dashes, color=_STAND_IN["muted"], lw=1.4)
-                ends.append((values[-1], name.replace("_", " "), _STAND_IN["muted"]))
-        values = [f["value"] for f in found]
+            if all(name in point["metrics"] for point in points):
+                beside = [point["metrics"][name]["value"] for point in points]
+                axes.plot(alphas, beside, dashes, color=_STAND_IN["muted"], lw=1.4)
+                ends.append((beside[-1], words(name), _STAND_IN["muted"]))
         axes.plot(alphas, values, "-o", color=colour, lw=2, ms=4.5)
-        ends.append((values[-1], headline.replace("_", " "), colour))
-        for point, value in zip(sweep["points"], values, strict=True):
+        for point, value in zip(points, values, strict=True):
             if point["is_proxy_row"]:
                 axes.plot(point["alpha"], value, "o", ms=11, mfc="none", mec=colour, mew=1.4)
         for row in ("base", "expert", "tuned"):
-            if level := sweep["rows"].get(row, {}).get(headline):
+            if level := task["sweep"]["rows"].get(row, {}).get(headline):
                 axes.axhline(level["value"], color=_STAND_IN[row], lw=1.1, ls=(0, (4, 3)))
                 ends.append((level["value"], LABELS[row], _STAND_IN[row]))
         axes.set_xlabel("alpha")

@@ -7,25 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import manifest
+from decode.evaluation import tables, wording
 from decode.evaluation.document import (
     Block,
     Cards,
-    Cell,
     Figure,
     Folded,
     Heading,
     Note,
     Paragraph,
-    Table,
     Text,
     to_html,
     to_markdown,
 )
-from decode.evaluation.plots import LABELS, on_white, percent, plot_rows, plot_sweep
+from decode.evaluation.plots import on_white, plot_rows, plot_sweep
+from decode.evaluation.wording import LABELS, below_expert, percent, words
 
-_MODELS = ("base", "expert", "antiexpert", "tuned")
 _LONGEST = 1200  # characters of a text that are shown
-_CEILINGS = {"tuned": "the directly tuned M", "expert": "the expert alone"}
 
 
 def write_report(
@@ -64,7 +62,7 @@ def make_report(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -
         blocks.append(Note("note", f"Not finished: {names}. The same command goes on."))
     blocks += [Note("warning", text) for task in tasks if (text := below_expert(task))]
     if len(results["tasks"]) > 1:
-        blocks += [Heading("All tasks"), _summary(results)]
+        blocks += [Heading("All tasks"), tables.summary(list(tasks))]
         if mean := results["mean_gap_closed"]:
             blocks.append(
                 Paragraph(
@@ -74,66 +72,37 @@ def make_report(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -
             )
     for task in tasks:
         blocks += _task(task, results)
-    blocks += [Heading("Models and run"), _models(results), _run(results)]
+    blocks += [Heading("Models and run"), tables.models(results), tables.run(results)]
     if runs:
-        blocks += [Heading("Where it ran", 3), _machines(runs)]
+        blocks += [Heading("Where it ran", 3), tables.machines(runs)]
     blocks.append(Folded("How to read the figures", [Paragraph(text) for text in _READING]))
     return blocks
 
 
-def below_expert(task: Mapping[str, Any]) -> str:
-    """The warning that the proxy is below its expert alone; empty if it is not."""
-    difference = task["below_expert"]
-    if difference is None:
-        return ""
-    name = difference["metric"]
-    proxy, expert = (task["rows"][row]["metrics"][name]["value"] for row in ("proxy", "expert"))
-    text = (
-        f"{task['name']}: the proxy is worse than its expert alone, {percent(proxy)} against "
-        f"{percent(expert)} {_words(name)} ({_difference(difference)}). "
-        "The expert alone is smaller and faster."
-    )
-    return text + (_unsettled(task) if _undecided(difference) else "")
-
-
 def _title(results: Mapping[str, Any]) -> str:
-    base, expert = (_name(results["models"][role]) for role in ("base", "expert"))
-    return f"{base}, proxy-tuned by {expert}"
+    names = wording.model_names(results["models"])
+    return f"{names['base']}, proxy-tuned by {names['expert']}"
 
 
 def _what(results: Mapping[str, Any]) -> str:
-    names = {role: _name(model) for role, model in results["models"].items()}
+    names = wording.model_names(results["models"])
     anti = f", M− {names['antiexpert']}" if "antiexpert" in names else ""
     formula = "s(M) + alpha (s(M+) − s(M−))" if anti else "s(M) + alpha (s(M+) − s(M))"
     return (
         f"M is {names['base']}, M+ {names['expert']}{anti}. The proxy draws from the softmax of "
-        f"{formula} with {_alpha(results)}."
+        f"{formula} with {wording.alpha(results['proxy'])}."
     )
 
 
-def _summary(results: Mapping[str, Any]) -> Table:
-    rows = [row for row in LABELS if any(row in t["rows"] for t in results["tasks"].values())]
-    lines: list[list[str | Cell]] = []
-    for task in results["tasks"].values():
-        name = task["headline"]
-        metric = _metrics(task).get(name)
-        found = [task["rows"].get(row, {}).get("metrics", {}).get(name) for row in rows]
-        figures = [_plain(one["value"], metric) if one and metric else "" for one in found]
-        gap, share = task["gap_closed"].get(name), ""
-        if gap and gap["value"] is not None:
-            share = percent(gap["value"]) + (" (to M+)" if gap["to"] == "expert" else "")
-        lines.append([task["name"], _words(name) if name else "unjudged", *figures, share])
-    return Table(["task", "metric", *(LABELS[row] for row in rows), "gap closed"], lines, texts=2)
-
-
 def _task(task: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[Block]:
-    metrics = _metrics(task)
-    missing = [name for name in metrics if not any(name in r["metrics"] for r in _rows(task))]
+    rows = task["rows"].values()
+    metrics = tables.metrics_of(task)
+    missing = [name for name in metrics if not any(name in row["metrics"] for row in rows)]
     yield Heading(task["name"])
-    if any(row["unjudged"] for row in _rows(task)):
+    if any(row["unjudged"] for row in rows):
         yield Note(
             "note",
-            f"Unjudged: {', '.join(map(_words, missing))} can only be said by a judge, and none "
+            f"Unjudged: {', '.join(map(words, missing))} can only be said by a judge, and none "
             f"was set. All texts are kept, in {task['name']}/ROW/predictions.jsonl; "
             f"tasks.{task['name']}.judge in the config names one (decode/tasks/judges.py), and "
             "nothing is decoded again.",
@@ -148,17 +117,19 @@ def _task(task: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[Block
             "Each row with its 95 % interval; the broken line is the expert alone.",
         )
     if task["rows"]:
-        yield _row_table(task, results)
+        yield tables.rows(task, results)
     if task["differences"]:
         yield Heading("The proxy against the other rows", 3)
-        yield _difference_table(task)
+        yield tables.differences(task)
     if task["gap_closed"]:
-        yield _gap_table(task)
+        yield tables.gaps(task)
     yield from _sweep(task)
-    yield from _groups(task)
+    for table in tables.groups(task):
+        yield Heading(f"By {table.header[0]}", 3)
+        yield table
     yield from _examples(task)
     yield from _prompts(task)
-    yield Folded("Settings", [_settings(task)])
+    yield Folded("Settings", [tables.settings(task)])
 
 
 def _cards(task: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -169,10 +140,10 @@ def _cards(task: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     cards = []
     for row, label in labels.items():
         if found := task["rows"].get(row, {}).get("metrics", {}).get(name):
-            cards.append((label, percent(found["value"]), _words(name)))
+            cards.append((label, percent(found["value"]), words(name)))
     gap = task["gap_closed"].get(name)
     if gap and gap["value"] is not None:
-        cards.append(("gap closed", percent(gap["value"]), _to(gap)))
+        cards.append(("gap closed", percent(gap["value"]), wording.gap_name(gap)))
     return cards
 
 
@@ -182,80 +153,29 @@ def _verdict(task: Mapping[str, Any]) -> Iterator[str]:
     against = {d["to"]: d for d in task["differences"] if d["metric"] == name}
     for row, other in (("base", "M"), ("expert", "the expert alone")):
         if difference := against.get(row):
+            better, worse = difference["better"], difference["worse"]
             text = (
-                f"{_words(name).capitalize()}, the proxy against {other}: "
-                f"{_difference(difference)}; better on {difference['better']} examples, worse on "
-                f"{difference['worse']}."
+                f"{words(name).capitalize()}, the proxy against {other}: "
+                f"{wording.points(difference)}; better on {better} examples, worse on {worse}."
             )
-            yield text + (_unsettled(task) if _undecided(difference) else "")
+            yield text + (wording.not_settled(task) if wording.is_open(difference) else "")
     gap = task["gap_closed"].get(name)
     if gap is None:
         return
-    text = f"Of the gap between M and {_CEILINGS[gap['to']]} it closes {_share(gap)}."
+    ceiling = wording.CEILINGS[gap["to"]]
+    text = f"Of the gap between M and {ceiling} it closes {wording.gap_closed(gap)}."
     if gap["to"] == "expert":
         text += " (No directly tuned M is among the rows; the expert alone stands in its place.)"
-    yield text + ("" if gap["gap_is_clear"] else _unsettled(task, "whether there is a gap"))
-
-
-def _unsettled(task: Mapping[str, Any], what: str = "which is ahead") -> str:
-    return f" {task['examples']} examples do not settle {what}."
-
-
-def _row_table(task: Mapping[str, Any], results: Mapping[str, Any]) -> Table:
-    metrics = _metrics(task)
-    shown = [name for name in metrics if any(name in row["metrics"] for row in _rows(task))]
-    lengths = any("new_tokens" in row for row in _rows(task))
-    header = ["row", "model", *map(_words, shown), *(["new tokens", "cut off"] if lengths else [])]
-    lines: list[list[str | Cell]] = []
-    for row, figures in task["rows"].items():
-        model = results["models"].get(row)
-        line: list[str | Cell] = [
-            Cell(LABELS[row], row=row),
-            _name(model) if model else _alpha(results),
-            *(_estimate(figures, metrics[name]) for name in shown),
-        ]
-        if lengths:
-            line += [f"{figures['new_tokens']:.0f}", percent(figures["cut"], 0)]
-        lines.append(line)
-    strong = list(task["rows"]).index("proxy") if "proxy" in task["rows"] else None
-    return Table(header, lines, texts=2, strong=strong)
-
-
-def _difference_table(task: Mapping[str, Any]) -> Table:
-    metrics = _metrics(task)
-    lines: list[list[str | Cell]] = [
-        [
-            _words(d["metric"]),
-            Cell(LABELS[d["to"]], row=d["to"]),
-            _signed(d["value"], metrics[d["metric"]]),
-            _span(d, metrics[d["metric"]]),
-            str(d["better"]),
-            str(d["worse"]),
-        ]
-        for d in task["differences"]
-    ]
-    header = ["metric", "against", "points", "95 % interval", "better on", "worse on"]
-    return Table(header, lines, texts=2)
-
-
-def _gap_table(task: Mapping[str, Any]) -> Table:
-    lines: list[list[str | Cell]] = [
-        [
-            _words(name),
-            _to(gap),
-            "undefined" if gap["value"] is None else percent(gap["value"]),
-            _gap_span(gap) or "none",
-        ]
-        for name, gap in task["gap_closed"].items()
-    ]
-    return Table(["metric", "gap", "closed", "95 % interval"], lines, texts=2)
+    if not gap["gap_is_clear"]:
+        text += wording.not_settled(task, "whether there is a gap")
+    yield text
 
 
 def _sweep(task: Mapping[str, Any]) -> Iterator[Block]:
     sweep = task["sweep"]
     if not sweep or not sweep["points"]:
         return
-    metrics = _metrics(task)
+    metrics = tables.metrics_of(task)
     shown = [name for name in metrics if any(name in p["metrics"] for p in sweep["points"])]
     if not shown:
         return
@@ -266,37 +186,15 @@ def _sweep(task: Mapping[str, Any]) -> Iterator[Block]:
             svg,
             "By alpha, with the 95 % interval; broken lines are the rows on the same examples.",
         )
-    lines: list[list[str | Cell]] = [
-        [f"{point['alpha']:g}", *(_estimate(point, metrics[name]) for name in shown)]
-        for point in sweep["points"]
-    ]
-    own = [i for i, point in enumerate(sweep["points"]) if point["is_proxy_row"]]
-    yield Table(["alpha", *map(_words, shown)], lines, strong=own[0] if own else None)
+    yield tables.sweep(task, shown)
     if (name := task["headline"]) in shown:
         sign = 1 if metrics[name]["higher_is_better"] else -1
-        best = max(sweep["points"], key=lambda point: sign * point["metrics"][name]["value"])
+        measured = [point for point in sweep["points"] if name in point["metrics"]]
+        best = max(measured, key=lambda point: sign * point["metrics"][name]["value"])
         yield Paragraph(
             f"Best of these is alpha = {best['alpha']:g}. It is chosen on these examples, and will "
             "look better on them than on others."
         )
-
-
-def _groups(task: Mapping[str, Any]) -> Iterator[Block]:
-    """The headline metric of each subset."""
-    metric = _metrics(task).get(task["headline"])
-    kinds = list(dict.fromkeys(kind for row in _rows(task) for kind in row["groups"]))
-    for kind in kinds if metric else ():
-        by_row = {row: figures["groups"].get(kind, {}) for row, figures in task["rows"].items()}
-        subsets = list(dict.fromkeys(name for found in by_row.values() for name in found))
-        lines: list[list[str | Cell]] = []
-        for subset in subsets:
-            cells = []
-            for found in by_row.values():
-                value = found.get(subset, {}).get(task["headline"])
-                cells.append(_plain(value["value"], metric) if value and metric else "")
-            lines.append([subset.replace("_", " "), *cells])
-        yield Heading(f"By {kind}", 3)
-        yield Table([kind, *(LABELS[row] for row in by_row)], lines)
 
 
 def _examples(task: Mapping[str, Any]) -> Iterator[Block]:
@@ -314,7 +212,7 @@ def _examples(task: Mapping[str, Any]) -> Iterator[Block]:
                 found = said["extracted"]
                 taken = f", read as {found!r}" if len(found) <= 40 and found != said["text"] else ""
                 blocks.append(
-                    Text(f"{LABELS[row]}{_words(value)}{taken}", _shortened(said["text"]), row)
+                    Text(f"{LABELS[row]}{words(value)}{taken}", _shortened(said["text"]), row)
                 )
         yield Folded(titles[kind], blocks)
 
@@ -330,164 +228,6 @@ def _prompts(task: Mapping[str, Any]) -> Iterator[Block]:
     blocks = [Text(", ".join(who), text) for text, who in readers.items()]
     if blocks:
         yield Folded("What each model reads, of the first example", blocks)
-
-
-def _settings(task: Mapping[str, Any]) -> Table:
-    decoding, published = task["decoding"], task["published_decoding"]
-    lines: list[list[str | Cell]] = [
-        ["prompts", task["form"]],
-        ["examples", f"{task['examples']:,} of {task['available']:,}"],
-        ["answered by", "the likeliest letter" if task["letters"] else "text"],
-        ["judge", task["judge"] or "none"],
-    ]
-    for name, value in decoding.items():
-        changed = f"(published: {published[name]})" if published[name] != value else ""
-        if name == "temperature" and value is None:
-            value = "greedy"
-        if isinstance(value, (list, tuple)):
-            value = ", ".join(map(repr, value))
-        if value not in (None, ""):
-            lines.append([_words(name), Cell(str(value), changed)])
-    return Table(["setting", "value"], lines, texts=2)
-
-
-def _models(results: Mapping[str, Any]) -> Table:
-    lines: list[list[str | Cell]] = [
-        [
-            Cell(LABELS[row], row=row),
-            results["models"][row]["path"],
-            results["models"][row]["adapter"] or "none",
-            results["models"][row]["dtype"],
-            results["models"][row]["template"],
-        ]
-        for row in _MODELS
-        if row in results["models"]
-    ]
-    return Table(["", "model", "adapter", "dtype", "template"], lines, texts=5)
-
-
-def _run(results: Mapping[str, Any]) -> Table:
-    proxy, run = results["proxy"], results["run"]
-    mesh = " x ".join(f"{axis} {size}" for axis, size in run["mesh"].items())
-    kept = [f"{name} {proxy['base_filter'][name]:g}" for name, none in (("top_p", 1), ("min_p", 0))
-            if proxy["base_filter"][name] != none]  # fmt: skip
-    lines: list[list[str | Cell]] = [
-        ["alpha", _alpha(results).removeprefix("alpha = ")],
-        ["beta", f"{proxy['beta']:g}"],
-        ["filter on M", ", ".join(kept) or "none"],
-        ["plan", proxy["plan"]],
-        ["batch size", str(run["batch_size"])],
-        ["mesh", mesh],
-        ["seed", str(run["seed"])],
-    ]
-    return Table(["proxy and run", ""], lines, texts=2)
-
-
-def _machines(runs: Sequence[Mapping[str, Any]]) -> Table:
-    lines: list[list[str | Cell]] = []
-    for run in runs:
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        speed = run["tokens_per_second"]
-        lines.append(
-            [
-                Cell(LABELS.get(run["row"], run["row"]), run["task"]),
-                run["device"],
-                _commit(run["commit"]),
-                versions,
-                f"{speed:,.1f}" if speed else "",
-            ]
-        )
-    return Table(["row", "device", "commit", "versions", "tokens/s"], lines, texts=4)
-
-
-def _commit(commit: str | None) -> str:
-    if commit is None:
-        return ""
-    name, _, changed = commit.partition("+")
-    return f"{name[:10]}{' and changes' if changed else ''}"
-
-
-def _rows(task: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list(task["rows"].values())
-
-
-def _metrics(task: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {metric["name"]: metric for metric in task["metrics"]}
-
-
-def _name(model: Mapping[str, Any]) -> str:
-    """What people call a model: the end of its path."""
-    name = model["path"].rstrip("/").split("/")[-1].removesuffix(".gguf")
-    return f"{name} + adapter" if model["adapter"] else name
-
-
-def _alpha(results: Mapping[str, Any]) -> str:
-    if schedule := results["proxy"]["alpha_schedule"]:
-        return "alpha = " + ", ".join(f"{value:g} from token {start}" for start, value in schedule)
-    return f"alpha = {results['proxy']['alpha']:g}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _plain(value: float, metric: Mapping[str, Any]) -> str:
-    return percent(value) if metric["share"] else f"{value:,.1f}"
-
-
-def _estimate(figures: Mapping[str, Any], metric: Mapping[str, Any] | None) -> str | Cell:
-    """A metric's value and interval among figures that may lack it."""
-    found = figures.get("metrics", {}).get(metric["name"]) if metric else None
-    if not found:
-        return ""
-    assert metric is not None
-    if found["low"] is None:
-        return _plain(found["value"], metric)
-    scale = 100 if metric["share"] else 1
-    return Cell(
-        _plain(found["value"], metric),
-        f"[{scale * found['low']:.1f}, {scale * found['high']:.1f}]",
-    )
-
-
-def _signed(value: float | None, metric: Mapping[str, Any]) -> str:
-    if value is None:
-        return ""
-    return f"{100 * value if metric['share'] else value:+,.1f}".replace("-", "−")
-
-
-def _span(difference: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-    if difference["low"] is None:
-        return ""
-    return f"{_signed(difference['low'], metric)} to {_signed(difference['high'], metric)}"
-
-
-def _difference(difference: Mapping[str, Any]) -> str:
-    """A difference of shares in words."""
-    share = {"share": True}
-    span = _span(difference, share)
-    return f"{_signed(difference['value'], share)} points, 95 % interval {span}"
-
-
-def _undecided(difference: Mapping[str, Any]) -> bool:
-    return difference["low"] is None or difference["low"] <= 0 <= difference["high"]
-
-
-def _share(gap: Mapping[str, Any]) -> str:
-    if gap["value"] is None:
-        return "a share that is undefined, for there is none"
-    span = _gap_span(gap)
-    return f"{percent(gap['value'])} (95 % interval {span})" if span else percent(gap["value"])
-
-
-def _gap_span(gap: Mapping[str, Any]) -> str:
-    if gap["low"] is None:
-        return ""
-    return f"{percent(gap['low'])} to {percent(gap['high'])}".replace("-", "−")
-
-
-def _to(gap: Mapping[str, Any]) -> str:
-    return f"M to {_CEILINGS[gap['to']]}"
 
 
 def _shortened(text: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from decode.evaluation.plots import LABELS, PALETTE
-from decode.evaluation.report import below_expert, make_report, write_report
+from decode.evaluation.plots import PALETTE
+from decode.evaluation.report import make_report, write_report
+from decode.evaluation.wording import LABELS, below_expert, model_names
 
 VOID = {"meta", "br", "use"}
 EXACT = {"base": 0.25, "expert": 0.5, "antiexpert": 0.0, "proxy": 0.4375, "tuned": 0.75}
@@ -186,6 +187,7 @@ class Page(html.parser.HTMLParser):
 
 def page_of(tmp_path, results, runs=RUNS):
     # As it is read back from the file.
+    tmp_path.mkdir(exist_ok=True)
     write_report(tmp_path, json.loads(json.dumps(results)), runs)
     return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
 
@@ -342,6 +344,36 @@ def test_gaps_to_the_expert_and_gaps_that_are_not_clear(tmp_path):
     unclear["gap_closed"]["a_score"]["value"] = None
     text = page_of(tmp_path, results_of(unclear)).text
     assert "a share that is undefined" in text
+
+
+def test_a_metric_that_an_alpha_does_not_have(tmp_path):
+    """No answer of multiple choice may name an option, and then there is no accuracy."""
+    one = task("choices", EXACT, sweep=(0.0, 0.5, 1.0))
+    del one["sweep"]["points"][0]["metrics"]["a_score"]
+    page = page_of(tmp_path, results_of(one))
+    sweep = next(table for table in page.tables if table[0] == ["alpha", "a score"])
+    assert [line[1] == "" for line in sweep[1:]] == [True, False, False]
+    assert "Best of these is alpha = 1." in page.text
+    svg = (tmp_path / "plots" / "choices-sweep.svg").read_text()
+    assert [f">{alpha}<" in svg for alpha in ("0", "0.5", "1")] == [False, True, True]
+    del one["sweep"]["points"][1]["metrics"]["a_score"]
+    page_of(tmp_path / "less", results_of(one))
+    assert not (tmp_path / "less" / "plots" / "choices-sweep.svg").exists()
+
+
+def test_names_of_models():
+    """The end of a path; more of it where several models end alike."""
+    paths = {"base": "owner/large-2b", "expert": "/a/small.gguf", "antiexpert": "/a/small.gguf"}
+    models = {row: {"path": path, "adapter": ""} for row, path in paths.items()}
+    models["expert"]["adapter"] = "runs/gsm"
+    assert model_names(models) == {
+        "base": "large-2b", "expert": "small + adapter", "antiexpert": "small"
+    }  # fmt: skip
+    paths = {"base": "runs/large/expert", "expert": "runs/tuned/expert/", "antiexpert": "expert"}
+    models = {row: {"path": path, "adapter": ""} for row, path in paths.items()}
+    assert model_names(models) == {
+        "base": "large/expert", "expert": "tuned/expert", "antiexpert": "expert"
+    }  # fmt: skip
 
 
 def test_nothing_judged_and_nothing_finished(tmp_path):
