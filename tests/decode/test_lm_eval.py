@@ -6,7 +6,6 @@ import sys
 from typing import Any
 
 import pytest
-import yaml
 
 from proxy_jax.errors import InputError
 from tests import trios
@@ -15,13 +14,13 @@ from tests.trios import PROMPTS, TOKENS, make_model, make_tokenizer, write_trio
 
 pytest.importorskip("lm_eval")
 
-import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from decode import lm_eval as adapter
 from decode.score import Passage
+from tests.decode import harness
 
 LENGTH = 64  # of contexts and continuations, less than the models': contexts are cut
 LONG = "the large model is not what the small model is; " * 8
@@ -36,55 +35,19 @@ DOCS = [
     },
     {"question": "", "choices": ["apples", "The small model"], "answer": 0},
 ]
-TASKS: dict[str, dict[str, Any]] = {
-    "choice": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "choices",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-    },
-    "perplexity": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{question}}{{choices[1]}}",
-        "metric_list": [{"metric": "word_perplexity"}],
-    },
-    "generation": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}{{choices[0]}}",
-        "doc_to_target": "{{choices[1]}}",
-        "generation_kwargs": {"until": ["e", "</s>"], "max_gen_toks": 12, "do_sample": False},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
     """A directory of task files over one file of documents."""
-    directory = tmp_path_factory.mktemp("tasks")
-    docs = directory / "docs.jsonl"
-    docs.write_text("".join(json.dumps(doc) + "\n" for doc in DOCS))
-    for name, fields in TASKS.items():
-        data: dict[str, Any] = {
-            "task": name,
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(docs)}},
-            "test_split": "test",
-        }
-        (directory / f"{name}.yaml").write_text(yaml.safe_dump({**data, **fields}))
-    return directory
+    return harness.write_tasks(tmp_path_factory.mktemp("tasks"), DOCS, ["e", "</s>"], 12)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_DATASETS_OFFLINE", "1")
-    patch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
-    patch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-    yield
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        harness.stay_offline(patch, tmp_path_factory.mktemp("datasets"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -94,37 +57,16 @@ def single(tmp_path_factory):
     return write_trio(tmp_path_factory.mktemp("single"), {"base": model})
 
 
-def evaluate(model, model_args, tasks, **fields):
-    """The answers of each document of each task."""
-    results = lm_eval.simple_evaluate(
-        model=model,
-        model_args=model_args,
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-        **fields,
-    )
-    answers = {
-        task: [[resp[0] for resp in sample["resps"]] for sample in samples]
-        for task, samples in results["samples"].items()
-    }
-    return answers, results
-
-
 def test_equal_to_transformers(single, tasks):
     path = str(single.paths["base"])
-    arguments = {"base": path, "dtype": "float32", "max_length": LENGTH}
-    ours, results = evaluate("proxy_jax", arguments, tasks, batch_size=4)
-    arguments = {"pretrained": path, "dtype": "float32", "max_length": LENGTH}
-    theirs, _ = evaluate("hf", arguments, tasks, batch_size=2, device="cpu")
-    for one, other in zip(ours["choice"], theirs["choice"], strict=True):
-        assert [log_prob for log_prob, _ in one] == pytest.approx(
-            [log_prob for log_prob, _ in other], abs=1e-3
-        )
-        assert [greedy for _, greedy in one] == [greedy for _, greedy in other]
-    for one, other in zip(ours["perplexity"], theirs["perplexity"], strict=True):
-        assert one == pytest.approx(other, abs=1e-3)
-    assert ours["generation"] == theirs["generation"]
+    common = {"dtype": "float32", "max_length": LENGTH}
+    ours, results = harness.evaluate(
+        "proxy_jax", tasks, model_args={"base": path, **common}, batch_size=4
+    )
+    theirs, _ = harness.evaluate(
+        "hf", tasks, model_args={"pretrained": path, **common}, batch_size=2, device="cpu"
+    )
+    assert harness.largest_difference(ours, theirs) < 1e-3
     assert len({text for [text] in ours["generation"]}) > 2
     assert results["config"]["proxy_jax"]["base"]["path"] == path
     assert results["config"]["proxy_jax"]["batch_size"] == 4

@@ -1,0 +1,57 @@
+"""SmolLM2-135M under lm-evaluation-harness: ours, and the harness's own model on torch."""
+
+import itertools
+import json
+
+import pytest
+
+from tests.decode.tasks import stored
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.models.huggingface import HFLM
+
+from decode import lm_eval as adapter  # noqa: F401 (registers proxy_jax)
+from tests.decode import harness
+
+pytestmark = pytest.mark.real
+LENGTH = 160  # so that long texts are scored in several windows
+
+
+def first_rows(name, count):
+    with open(stored.data(name), encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
+
+
+def documents():
+    """Questions of GSM8K and TruthfulQA, each with its answer and a wrong one."""
+    docs = []
+    for row, other in itertools.pairwise(first_rows("gsm8k/test.jsonl", 7)):
+        docs.append((f"Question: {row['question']}\nAnswer:", row["answer"], other["answer"]))
+    for row in first_rows("truthfulqa/TruthfulQA.jsonl", 6):
+        wrong = row["Incorrect Answers"].split(";")[0]
+        docs.append((f"Q: {row['Question']}\nA:", row["Best Answer"], wrong))
+    return [
+        {"question": asked, "choices": [f" {right}", f" {wrong}"], "answer": 0}
+        for asked, right, wrong in docs
+    ]
+
+
+def test_equal_to_transformers(smollm2_path, tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    harness.stay_offline(monkeypatch, tmp_path / "datasets")
+    tasks = harness.write_tasks(tmp_path, documents(), ["\n\n"], 24)
+    arguments = {"base": str(smollm2_path), "dtype": "float32", "max_length": LENGTH}
+    ours, _ = harness.evaluate("proxy_jax", tasks, model_args=arguments, batch_size=4)
+    file = {"gguf_file": smollm2_path.name}
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path.parent, dtype=torch.float32, **file)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path.parent, **file)
+    torch_model = HFLM(model, tokenizer=tokenizer, max_length=LENGTH, batch_size=4)
+    theirs, _ = harness.evaluate(torch_model, tasks)
+    apart = harness.largest_difference(ours, theirs)
+    lengths = [len(tokenizer(doc["question"])["input_ids"]) for doc in documents()]
+    print(f"largest difference of a log-likelihood: {apart:.2e} nats; prompts of {lengths} tokens")
+    assert max(lengths) > LENGTH / 2
+    assert apart < 1e-3
