@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -177,7 +178,9 @@ def initial_state(
     stacked = stacked_layers(config)
     params = start.params(dtype, recipe.place, weights_key, stacked=stacked)
     if not config.lora.rank:
-        return new_state(recipe, params, key), None
+        # The step writes new parameters over the old ones, which it cannot where a CPU device has
+        # taken over memory of ours.
+        return new_state(recipe, jax.tree.map(jnp.copy, params), key), None
     adapter = init_adapter(params, config.lora.modules, config.lora.rank, adapter_key)
     # Small: every device holds all of it.
     return new_state(recipe, jax.device_put(adapter, recipe.place.sharding(())), key), params

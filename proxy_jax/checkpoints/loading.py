@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +24,8 @@ from proxy_jax.sharding import Placement
 Progress = Callable[[int], object]
 _HUB_CONFIG = ("*.json", "*.model", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
+_ALIGNED = 64  # bytes: what XLA's CPU devices ask of memory that they take over
+_PIECE = 2**22  # numbers that are read at a time
 
 
 class Checkpoint(Protocol):
@@ -102,6 +106,10 @@ def load_params(
 ) -> Params:
     """Loads a model's weights, each device's part read on its own.
 
+    Beside the weights themselves a process holds one array's parts on its devices, all layers of a
+    stacked one, and a piece of a tensor. A CPU's devices take those parts over: there it is the
+    piece alone.
+
     Args:
       checkpoints: of the model; two or more models of one architecture are loaded side by side,
         with a leading axis for the model.
@@ -133,16 +141,12 @@ def load_params(
             rest = index[len(index) - len(shape) :]
             chosen = checkpoints[index[0]] if lead else checkpoints
             of_each = members[index[len(lead)]] if layers else members
-            blocks = (_part(c, tensor, rest, dtype) for c in chosen for tensor in of_each)
-            if len(whole) == len(shape):
-                return next(blocks)
-            # Filled one by one: np.stack would hold every block twice.
             sizes = [len(range(*cut.indices(n))) for cut, n in zip(index, whole, strict=True)]
-            filled = np.empty(sizes, dtype)
-            for target, block in zip(
-                filled.reshape(-1, *sizes[-len(shape) :]), blocks, strict=True
-            ):
-                target[...] = block
+            filled = _empty(sizes, dtype)
+            targets = filled.reshape(-1, *sizes[len(sizes) - len(shape) :])
+            blocks = itertools.product(chosen, of_each)
+            for target, (checkpoint, tensor) in zip(targets, blocks, strict=True):
+                _read_into(target, checkpoint, tensor, rest)
             return filled
 
         array = jax.make_array_from_callback(whole, sharding, part)
@@ -181,11 +185,33 @@ def check_tensors(checkpoint: Checkpoint, table: list[Tensor], *, tied: bool) ->
             )
 
 
-def _part(
-    checkpoint: Checkpoint, tensor: Tensor, index: tuple[slice, ...], dtype: np.dtype
-) -> np.ndarray:
-    array = checkpoint.read(tensor.name, tensor.source_index(index))
-    return np.ascontiguousarray(tensor.to_ours(array), dtype=dtype)
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An array that a CPU device takes as it is, instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + _ALIGNED, np.uint8)
+    start = -room.ctypes.data % _ALIGNED
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _read_into(
+    target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: tuple[slice, ...]
+) -> None:
+    """Fills an array with a part of a tensor, a piece at a time.
+
+    A file's numbers may take twice as much memory as ours, and those of a quantised one four times.
+    """
+    letter = tensor.source[0][0]
+    axis = tensor.target.index(letter)
+    whole = dict(tensor.sizes)[letter]
+    first, last, _ = index[axis].indices(whole)
+    step = max(1, _PIECE // (math.prod(tensor.source_shape) // whole))
+    for start in range(first, last, step):
+        rows = slice(start, min(start + step, last))
+        piece = checkpoint.read(
+            tensor.name, tensor.source_index((*index[:axis], rows, *index[axis + 1 :]))
+        )
+        there = (slice(None),) * axis + (slice(rows.start - first, rows.stop - first),)
+        target[there] = tensor.to_ours(piece)
 
 
 def _map_axes(load: Any, axes: Any, path: tuple[str | int, ...] = ()) -> Any:
