@@ -33,7 +33,7 @@ from proxy_jax.models.lora import role_axes
 from proxy_jax.sharding import Placement
 from proxy_jax.trio import LoadedTrio, Pass
 
-_CACHE_AXES = ("batch", None, "kv_heads", None)
+_CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -185,7 +185,7 @@ class Generator:
     ) -> DecodeState:
         caches = list(state.caches)
         for index, one in enumerate(self.program.passes):
-            slots_a_row = jax.tree.leaves(caches[index].keys)[0].shape[-3]
+            slots_a_row = jax.tree.leaves(caches[index].keys)[0].shape[-2]
             for length, group in self._groups(one.roles, arrivals, slots_a_row):
                 tokens = np.zeros((len(one.roles), len(group), length), np.int32)
                 lengths = np.zeros((len(one.roles), len(group)), np.int32)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from proxy_jax.models.config import ModelConfig
+from proxy_jax.models.moving import move
 
 # Layers run either unrolled, each with arrays of its own, or scanned over one stacked array.
 Layers: TypeAlias = jax.Array | tuple[jax.Array, ...]
@@ -32,7 +33,7 @@ class KVCache:
     """Keys and values of every layer.
 
     Attributes:
-      keys, values: [L, B, S, K, H], or a tuple of L arrays [B, S, K, H] for unrolled layers.
+      keys, values: [L, B, K, S, H], or a tuple of L arrays [B, K, S, H] for unrolled layers.
       lengths: [B] int32, how many tokens of each row the cache holds.
     """
 
@@ -45,7 +46,7 @@ class KVCache:
         cls, config: ModelConfig, batch: int, slots: int, dtype: jnp.dtype, *, stacked: bool
     ) -> KVCache:
         """An empty cache of `slots` positions a row."""
-        shape = (batch, slots, config.num_kv_heads, config.head_dim)
+        shape = (batch, config.num_kv_heads, slots, config.head_dim)
 
         def layers() -> Layers:
             if stacked:
@@ -59,12 +60,13 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     """Writes new[b] into cache[b] from slot start[b] on.
 
     Args:
-      cache: [B, S, K, H].
-      new: [B, T, K, H].
+      cache: [B, K, S, H].
+      new: [B, K, T, H].
       start: [B] int32.
     """
-    row = lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (s, 0, 0))  # noqa: E731
-    return jax.vmap(row)(cache, new.astype(cache.dtype), start)
+    row = lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (0, s, 0))  # noqa: E731
+    rows = lambda cache, new: jax.vmap(row)(cache, new, start)  # noqa: E731
+    return move(rows, cache, new.astype(cache.dtype))
 
 
 def insert(cache: KVCache, rows: KVCache, slots: jax.Array) -> KVCache:
@@ -77,13 +79,14 @@ def insert(cache: KVCache, rows: KVCache, slots: jax.Array) -> KVCache:
     """
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
-        *_, length, _, _ = part.shape
+        length = part.shape[-2]
         if whole.ndim == 5:
-            return whole.at[:, slots, :length].set(part, mode="drop")
-        return whole.at[slots, :length].set(part, mode="drop")
+            return whole.at[:, slots, :, :length].set(part, mode="drop")
+        return whole.at[slots, :, :length].set(part, mode="drop")
 
+    put_bits = lambda whole, part: move(put, whole, part)  # noqa: E731
     return KVCache(
-        keys=jax.tree.map(put, cache.keys, rows.keys),
-        values=jax.tree.map(put, cache.values, rows.values),
+        keys=jax.tree.map(put_bits, cache.keys, rows.keys),
+        values=jax.tree.map(put_bits, cache.values, rows.values),
         lengths=cache.lengths.at[slots].set(rows.lengths, mode="drop"),
     )

@@ -24,6 +24,7 @@ from proxy_jax.models.cache import KVCache
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.einsum import dense
 from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm, softcap
+from proxy_jax.models.moving import move
 from proxy_jax.sharding import LOCAL, Placement
 
 Params = dict[str, Any]
@@ -128,7 +129,11 @@ def hidden_states(
       [B, T, D], for `unembed`, and the cache.
     """
     with jax.named_scope("embed"):
-        x = params["embedding"][tokens]
+        embedding = params["embedding"]
+        if cache is None:
+            x = embedding[tokens]
+        else:  # and so not differentiated
+            x = move(lambda embedding: embedding[tokens], embedding)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = place.constrain(x, ("batch", None, "act_embed"))
@@ -161,7 +166,7 @@ def _run_layers(
     remat: Callable[[Callable], Callable],
 ) -> tuple[jax.Array, KVCache | None]:
     length = x.shape[1]
-    slots = length if cache is None else jax.tree.leaves(cache.keys)[0].shape[-3]
+    slots = length if cache is None else jax.tree.leaves(cache.keys)[0].shape[-2]
     index = jnp.arange(length)[None] if cache is None else positions
     # How many slots back each key lies: [B or 1, T, S].
     distance = index[:, :, None] - jnp.arange(slots)[None, None, :]

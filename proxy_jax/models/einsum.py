@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
-def einsum(spec: str, *operands: jax.Array) -> jax.Array:
-    """einsum that accumulates and returns float32.
+def einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """einsum of two arrays that accumulates and returns float32.
 
     float32 operands are multiplied as they are: by default GPUs and TPUs would round them to
     fewer bits. bfloat16 operands are not affected.
     """
-    return jnp.einsum(
-        spec,
-        *operands,
-        preferred_element_type=jnp.float32,
+    return contract(spec, x, y, jnp.float32)
+
+
+def contract(spec: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """einsum of two arrays that accumulates and returns dtype.
+
+    jnp.einsum names the letters summed over in reverse, for which the CPU compiler transposes y, a
+    weight, before each product. Here they are in y's order.
+    """
+    operands, result = spec.split("->")
+    x_letters, y_letters = operands.split(",")
+    both = [letter for letter in y_letters if letter in x_letters]
+    batch = [letter for letter in both if letter in result]
+    summed = [letter for letter in both if letter not in result]
+
+    def axes(letters: str) -> tuple[list[int], list[int]]:
+        return [letters.index(a) for a in summed], [letters.index(a) for a in batch]
+
+    (x_summed, x_batch), (y_summed, y_batch) = axes(x_letters), axes(y_letters)
+    product = jax.lax.dot_general(
+        x,
+        y,
+        ((x_summed, y_summed), (x_batch, y_batch)),
         precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=dtype,
     )
+    rest = [letter for letter in x_letters + y_letters if letter not in both]
+    made = [*batch, *rest]
+    return product.transpose([made.index(letter) for letter in result])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -35,7 +60,28 @@ def dense(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
       x: activations, in the dtype to compute in.
       weight: an array of the same dtype.
     """
-    return einsum(spec, x, weight)
+    return of_rows(spec, x, weight, jnp.float32)
+
+
+def of_rows(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """`contract` of activations with a weight.
+
+    XLA's CPU compiler has quick products for two rows or more of numbers below 32 bits, not for
+    one: there, one row is multiplied twice.
+    """
+    letters, result = spec.split(",")[0], spec.split("->")[1]
+    rows = [i for i, letter in enumerate(letters) if letter in result]
+    if x.dtype.itemsize == 4 or math.prod(x.shape[i] for i in rows) != 1:
+        return contract(spec, x, weight, dtype)
+
+    def one(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return contract(spec, x, weight, dtype)
+
+    def two(x: jax.Array, weight: jax.Array) -> jax.Array:
+        pair = one(jnp.concatenate([x, x], axis=rows[0]), weight)
+        return jax.lax.slice_in_dim(pair, 0, 1, axis=result.index(letters[rows[0]]))
+
+    return jax.lax.platform_dependent(x, weight, cpu=two, default=one)
 
 
 def _forward(
@@ -59,7 +105,8 @@ def _backward(
         turned = behind + "".join(letter for letter in w_letters if letter not in result)
         by_weight = einsum(f"{result},{x_letters}->{turned}", gradient, x)
         # Without the barrier the compiler turns the product around again.
-        by_weight = einsum(f"{turned}->{w_letters}", jax.lax.optimization_barrier(by_weight))
+        by_weight = jax.lax.optimization_barrier(by_weight)
+        by_weight = by_weight.transpose([turned.index(letter) for letter in w_letters])
     return by_x.astype(x.dtype), by_weight.astype(weight.dtype)
 
 

@@ -83,19 +83,19 @@ def attend(
     """Grouped-query attention.
 
     Args:
-      q: [B, T, N, H]; keys, values: [B, S, K, H]; mask: [B, T, S] bool, True where visible.
+      q: [B, T, N, H]; keys, values: [B, K, S, H]; mask: [B, T, S] bool, True where visible.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
     batch, length, heads, head_dim = q.shape
-    kv_heads = keys.shape[2]
+    kv_heads = keys.shape[1]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # N -> K G
-    scores = einsum("BTKGH,BSKH->BKGTS", q, keys)
+    scores = einsum("BTKGH,BKSH->BKTGS", q, keys)
     scores = softcap(scores * config.query_scale, config.attention_softcap)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = einsum("BKGTS,BSKH->BTKGH", weights, values)
+    out = einsum("BKTGS,BKSH->BTKGH", weights, values)
     return out.astype(q.dtype).reshape(batch, length, heads, head_dim)
 
 
@@ -131,7 +131,7 @@ class Attention(nnx.Module):
         start: jax.Array,
         place: Placement,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns the output [B, T, D] and the layer's keys and values [B, S, K, H]."""
+        """Returns the output [B, T, D] and the layer's keys and values [B, K, S, H]."""
         config = self.config
         q = project("BTD,DNH->BTNH", x, self.q)
         k = project("BTD,DKH->BTKH", x, self.k)
@@ -147,6 +147,7 @@ class Attention(nnx.Module):
         q = place.constrain(q, ("batch", None, "heads", None))
         k = place.constrain(k, ("batch", None, "kv_heads", None))
         v = place.constrain(v, ("batch", None, "kv_heads", None))
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
         if cache is not None:
             k, v = kv.write(cache[0], k, start), kv.write(cache[1], v, start)
             cache = (k, v)

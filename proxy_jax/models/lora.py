@@ -39,6 +39,7 @@ class Adapted:
       a: [in..., R].
       b: [R, out...].
       scale: lora_alpha / R.
+      gate: 1, or 0 where the weight acts as if it had no adapter; None is 1. See `beside_nothing`.
       key: random key of dropout; None outside training.
       dropout: share of the adapter's inputs that are set to 0.
     """
@@ -47,6 +48,7 @@ class Adapted:
     a: Any
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
+    gate: Any = None
     key: Any = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -70,7 +72,8 @@ def product(spec: str, x: jax.Array, weight: jax.Array | Adapted) -> jax.Array:
     seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
     low = dense(f"{x_letters},{into}R->{kept}R", seen, weight.a).astype(x.dtype)
     high = dense(f"{kept}R,R{out}->{right}", low, weight.b)
-    return whole + weight.scale * high
+    scale = weight.scale if weight.gate is None else weight.scale * weight.gate
+    return whole + scale * high
 
 
 def attach(params: Any, adapter: Any, scale: float) -> Any:
@@ -109,34 +112,36 @@ def merge(params: Any) -> Any:
     def replace(leaf: Any) -> Any:
         if not is_adapted(leaf):
             return leaf
-        # A leading axis for layers is one of weight, A and B; R is one of A and B only.
-        stacked = leaf.a.ndim + leaf.b.ndim - 2 > leaf.weight.ndim
-        run = jax.vmap(whole, in_axes=(0, 0, 0, None)) if stacked else whole
+        run = jax.vmap(whole, in_axes=(0, 0, 0, None)) if _is_stacked(leaf) else whole
         return run(leaf.weight, leaf.a, leaf.b, leaf.scale)
 
     return jax.tree.map(replace, params, is_leaf=is_adapted)
 
 
 def beside_nothing(params: Any) -> Any:
-    """Adapters that serve two roles at once: theirs for the first, zeros for the second.
+    """Adapters that serve two roles at once: in place for the first, gated off for the second.
 
-    Gives a and b a leading axis of 2; the weights have none, and are read once for both roles.
+    Only the gate has an axis for the role, of 2; all matrices are read once for both.
     """
 
     def pair(leaf: Any) -> Any:
         if not isinstance(leaf, Adapted):
             return leaf
-        a, b = (jnp.stack([matrix, jnp.zeros_like(matrix)]) for matrix in (leaf.a, leaf.b))
-        return dataclasses.replace(leaf, a=a, b=b)
+        # Of stacked layers each has its own. Made from the matrix, to lie on the same devices.
+        first = leaf.a.astype(jnp.float32)[(..., *[0] * (leaf.a.ndim - _is_stacked(leaf)))]
+        zero = first - first
+        return dataclasses.replace(leaf, gate=jnp.stack([zero + 1, zero]))
 
     return jax.tree.map(pair, params, is_leaf=is_adapted)
 
 
 def role_axes(params: Any) -> Any:
-    """The vmap axes of params with `beside_nothing` adapters: 0 for these, None for weights."""
+    """The vmap axes of params with `beside_nothing` adapters: 0 for gates, None for the rest."""
 
     def axes(leaf: Any) -> Any:
-        return dataclasses.replace(leaf, weight=None, a=0, b=0) if is_adapted(leaf) else None
+        if not is_adapted(leaf):
+            return None
+        return dataclasses.replace(leaf, weight=None, a=None, b=None, gate=0)
 
     return jax.tree.map(axes, params, is_leaf=is_adapted)
 
@@ -197,6 +202,11 @@ def with_dropout(params: Any, rate: float, key: jax.Array) -> Any:
 def _dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def _is_stacked(leaf: Adapted) -> bool:
+    # A leading axis for layers is one of weight, A and B; R is one of A and B only.
+    return leaf.a.ndim + leaf.b.ndim - 2 > leaf.weight.ndim
 
 
 def is_adapted(leaf: Any) -> bool:
