@@ -93,8 +93,11 @@ def _distributed(config: ConfigDict) -> bool:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, *_CONFIG_ERRORS) as e:
-        _fail(e)
+    except KeyError as error:  # its text is the name alone
+        _fail(InputError(f"--config: there is no field {error}"))
+        raise
+    except (flags.Error, *_CONFIG_ERRORS) as error:
+        _fail(error)
         raise  # not reached: _fail exits
 
 
