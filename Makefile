@@ -17,9 +17,9 @@ BIN := .venv/bin
 quickstart: venv
 	$(BIN)/python quickstart.py
 
-venv: .venv/installed
+venv: .venv/installed-$(EXTRAS)
 
-.venv/installed: setup.py pyproject.toml
+.venv/installed-$(EXTRAS): setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 needed; set PYTHON=")'
 	@echo "Installing what proxy_jax needs into .venv: a minute or two"
 	$(PYTHON) -m venv .venv
@@ -27,7 +27,7 @@ venv: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-.venv/testing: .venv/installed
+.venv/testing: .venv/installed-$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from tests.decode.tasks import stored
+from tests import stored
 
 pytest.importorskip("lm_eval")
 

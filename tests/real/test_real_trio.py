@@ -1,11 +1,10 @@
 """The two Qwen2.5-Coder models as a trio, against a plain torch loop over the same files.
 
 The torch loop takes most of an hour on two cores; its answers are kept beside the models, so it
-runs once. Questions are GSM8K's: $PROXY_JAX_GSM8K names its test.jsonl.
+runs once. Questions are GSM8K's, $PROXY_JAX_DATA/gsm8k/test.jsonl.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 
 from decode import Generator, Options
 from proxy_jax.trio import ModelSpec, load_trio
+from tests import stored
 from tests.real import models, torch_trio
 
 pytestmark = pytest.mark.real_trio
@@ -22,8 +22,7 @@ TIE = 1e-3  # two candidates this close may swap under another order of summatio
 
 @pytest.fixture(scope="module")
 def questions() -> Path:
-    default = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
-    return Path(os.environ.get("PROXY_JAX_GSM8K") or default)
+    return Path(stored.data("gsm8k/test.jsonl"))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from decode import score
 from decode.score import Scorer, make_passages
 from proxy_jax.trio import ModelSpec, load_trio
-from tests.decode.tasks import stored
+from tests import stored
 
 pytestmark = pytest.mark.real
 ROWS = 4

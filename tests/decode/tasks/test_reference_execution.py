@@ -5,7 +5,7 @@ import random
 import pytest
 
 from decode.tasks import load_task
-from tests.decode.tasks import stored
+from tests import stored
 
 pytestmark = pytest.mark.reference
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from decode.tasks.statistics import estimate, gap_closed, pass_at_k
-from tests.decode.tasks import stored
+from tests import stored
 
 
 @pytest.mark.parametrize(("passed", "n"), [(0, 2800), (7, 9), (431, 1319), (5, 5), (0, 1)])

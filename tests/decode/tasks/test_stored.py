@@ -6,7 +6,7 @@ import hashlib
 import pytest
 
 from decode.tasks import Form, Scored, aggregate, load_task
-from tests.decode.tasks import stored
+from tests import stored
 
 
 def report_of(task, scored):

@@ -20,7 +20,8 @@ from decode.tasks.truthfulqa import judge_prompt, trim
 from proxy_jax.errors import InputError
 from proxy_jax.rows import Row
 from proxy_jax.tokenization import Template
-from tests.decode.tasks import rows, stored
+from tests import stored
+from tests.decode.tasks import rows
 from tests.trios import make_tokenizer
 
 SYSTEM = "You are a helpful"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-_SHARED = Path(__file__).parents[4] / "shared"
+_SHARED = Path(__file__).parents[2] / "shared"
 
 
 def data(name: str) -> str:
