@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 
 from proxy_jax.errors import InputError
 
-BAD_INPUT = 2  # exit status
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is a shell's for SIGINT
 # What a config file, or a value that does not fit a field, may raise.
 _CONFIG_ERRORS = (
     AttributeError, ImportError, KeyError, NameError, OSError, SyntaxError, TypeError, ValueError
@@ -27,8 +27,9 @@ def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
       main: the program.
       xla_flags: for the compiler; those in $XLA_FLAGS come after them, and win.
 
-    An InputError, or a config that cannot be read, ends the program with one line and status 2.
-    Finished rows and checkpoints are on disk by then: main loses nothing by it.
+    An InputError, or a config that cannot be read, ends the program with one line and status 2;
+    Ctrl-C with one word and status 130. Finished rows and checkpoints are on disk by then: main
+    loses nothing by it.
     """
     os.environ["XLA_FLAGS"] = f"{xla_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     config = config_flags.DEFINE_config_file(
@@ -50,6 +51,9 @@ def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
             main(config.value)
         except InputError as error:
             _fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
 
     app.run(entry, flags_parser=_parse)
 
@@ -93,8 +97,8 @@ def _distributed(config: ConfigDict) -> bool:
 def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
-    except KeyError as error:  # its text is the name alone
-        _fail(InputError(f"--config: there is no field {error}"))
+    except KeyError as error:  # its text is the name, and perhaps a better one
+        _fail(InputError(f"--config: there is no field {error.args[0]}"))
         raise
     except (flags.Error, *_CONFIG_ERRORS) as error:
         _fail(error)

@@ -19,6 +19,8 @@ def main(config):
         raise InputError("alpha is\\n  too large")
     if config.alpha < 0:
         raise ZeroDivisionError
+    if config.alpha == 3:
+        raise KeyboardInterrupt
     print("alpha", config.alpha, "stop", config.stop, "top_p", config.sampling.top_p)
 
 
@@ -50,6 +52,7 @@ def finished(tmp_path_factory):
             "--config.sampling.top_p=0.9",
         ),
         "bad value": start(directory, config, "--config.alpha=6"),
+        "interrupted": start(directory, config, "--config.alpha=3"),
         "bug": start(directory, config, "--config.alpha=-1"),
         "no config": start(directory),
         "absent config": start(directory, f"--config={directory}/absent.py"),
@@ -93,6 +96,10 @@ def test_one_line(finished, case, words):
     assert errors.startswith("error: ")
     assert errors.count("\n") == 1, errors
     assert words in errors
+
+
+def test_interrupted(finished):
+    assert finished["interrupted"] == (130, "", "interrupted\n")
 
 
 def test_bugs_keep_their_traceback(finished):

@@ -131,7 +131,7 @@ def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
             tqdm(
                 total=sum(one.completions for one in work.jobs),
                 initial=sum(resumed),
-                unit="row",
+                unit="text",
                 desc=f"{work.jobs[0].run.task.name}, {row}",
                 disable=jax.process_index() > 0,
             )

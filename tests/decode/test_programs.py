@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decode import check, generate
+from decode import check, generate, outputs
 from proxy_jax.errors import InputError
 from tests.decode import jobs
 from tests.trios import PROMPTS, STEPS
@@ -136,7 +136,7 @@ def test_interrupted_before_every_chunk(llama, tmp_path, monkeypatch):
     whole = jobs.config_of(llama, tmp_path, samples=2, output_dir=str(tmp_path / "whole"))
     generate.main(whole)
     config = jobs.config_of(llama, tmp_path, samples=2)
-    append = generate.OutputFile.append
+    append = outputs.OutputFile.append
     runs = 0
     while True:
         calls: list[Any] = []
@@ -147,7 +147,7 @@ def test_interrupted_before_every_chunk(llama, tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             append(self, records)
 
-        monkeypatch.setattr(generate.OutputFile, "append", stop)
+        monkeypatch.setattr(outputs.OutputFile, "append", stop)
         runs += 1
         try:
             generate.main(config)
