@@ -54,7 +54,7 @@ def _publish(
     """Scores what is finished, and writes results and report."""
     if jax.process_index() > 0:
         return {}
-    with tqdm(unit="text", desc="scoring", leave=False) as bar:
+    with tqdm(unit="text", desc="scoring", leave=False, delay=1) as bar:
         found = make_results(config, evaluation, waiting, bar.update)
     text = json.dumps(found, indent=2, ensure_ascii=False)
     manifest.replace(evaluation.directory / "results.json", text.encode() + b"\n")

@@ -190,7 +190,11 @@ def _sweep(task: Mapping[str, Any]) -> Iterator[Block]:
     if (name := task["headline"]) in shown:
         sign = 1 if metrics[name]["higher_is_better"] else -1
         measured = [point for point in sweep["points"] if name in point["metrics"]]
-        best = max(measured, key=lambda point: sign * point["metrics"][name]["value"])
+
+        def merit(point: Mapping[str, Any]) -> tuple[float, bool]:
+            return sign * point["metrics"][name]["value"], point["is_proxy_row"]
+
+        best = max(measured, key=merit)
         yield Paragraph(
             f"Best of these is alpha = {best['alpha']:g}. It is chosen on these examples, and will "
             "look better on them than on others."

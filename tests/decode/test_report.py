@@ -354,6 +354,9 @@ def test_a_metric_that_an_alpha_does_not_have(tmp_path):
     sweep = next(table for table in page.tables if table[0] == ["alpha", "a score"])
     assert [line[1] == "" for line in sweep[1:]] == [True, False, False]
     assert "Best of these is alpha = 1." in page.text
+    for point in one["sweep"]["points"][1:]:
+        point["metrics"]["a_score"] = estimate(0.4)
+    assert "Best of these is alpha = 1." in page_of(tmp_path, results_of(one)).text  # its own
     svg = (tmp_path / "plots" / "choices-sweep.svg").read_text()
     assert [f">{alpha}<" in svg for alpha in ("0", "0.5", "1")] == [False, True, True]
     del one["sweep"]["points"][1]["metrics"]["a_score"]
