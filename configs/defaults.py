@@ -12,10 +12,11 @@ def decoding() -> ConfigDict:
     # leaves the role out. template: how the role is prompted: "raw", "chat" (the chat template of
     # its tokenizer), "reference" (what the published code feeds Llama-2-chat), or a format string
     # with {prompt} and optionally {system} and {response_prefix}. adapter: LoRA on the model, a
-    # PEFT directory or a LoRA run; such a run as path is its base with the adapter.
+    # PEFT directory or a LoRA run; such a run as path is its base with the adapter. quantize:
+    # "int8" stores the large weights in 8 bits; dtype is then that of the rest and of activations.
     for role in ("base", "expert", "antiexpert"):
         config[role] = ConfigDict(
-            {"path": "", "dtype": "bfloat16", "template": "raw", "adapter": ""}
+            {"path": "", "dtype": "bfloat16", "template": "raw", "adapter": "", "quantize": ""}
         )
     config.method = "proxy"  # proxy, or one model alone: base, expert, antiexpert
     # separate; stacked: M+ and M- of one shape in one pass; shared: M+ is M- with an adapter (or

@@ -56,7 +56,8 @@ def print_models(trio: Trio) -> None:
         size = memory.parameters(config) / 1e9
         caps = f"soft-cap {config.final_softcap:g}" if config.final_softcap else "no soft-cap"
         print(
-            f"  {role:10} {config.family}, {size:.2f} B parameters in {member.spec.dtype}, "
+            f"  {role:10} {config.family}, {size:.2f} B parameters in "
+            f"{member.spec.quantize or member.spec.dtype}, "
             f"{config.num_layers} layers, context {config.max_positions}, {caps}\n"
             f"             {member.spec.path}"
         )

@@ -48,6 +48,7 @@ def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:
             config[role].dtype,
             config[role].template,
             os.path.expandvars(config[role].adapter),
+            config[role].quantize,
         )
         for role in ROLES
         if config[role].path

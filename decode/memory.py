@@ -15,6 +15,7 @@ from decode.scheduler import bucket, cache_slots, prefill_rows
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import abstract_params, logical_axes
+from proxy_jax.models.quantized import quantized_axes, quantized_shapes
 from proxy_jax.sharding import Placement, is_axes
 from proxy_jax.trio import Pass, Trio
 
@@ -83,11 +84,12 @@ def estimate(
     rows = batch / place.split("batch")
     for one in passes:
         config, itemsize = one.config, jnp.dtype(one.dtype).itemsize
+        held = weight_bytes(one, place)
         heads = config.num_kv_heads / place.split("kv_heads")
         token = 2 * config.num_layers * heads * config.head_dim * itemsize
         for role in one.roles:
             there = trio.tree_key(one) in loaded or (one.shared and role != one.roles[0])
-            weights[role] = 0 if there else parameters(config, place) * itemsize
+            weights[role] = 0 if there else held
             caches[role] = int(rows * cache_slots(one, contexts) * token)
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))
@@ -99,14 +101,23 @@ def estimate(
     return Estimate(weights, caches, 2 * logits, prefill, _available(place))
 
 
-def parameters(config: ModelConfig, place: Placement | None = None) -> int:
-    """Parameters of a model; with a placement, those that one device holds."""
-    if place is None:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+def parameters(config: ModelConfig) -> int:
+    """Parameters of a model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+def weight_bytes(one: Pass, place: Placement) -> int:
+    """Bytes of one model of a pass that a device holds, adapters left out."""
+    dtype = jnp.dtype(one.dtype)
+    shapes, axes = abstract_params(one.config), logical_axes(one.config)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    if one.quantize:
+        shapes, axes = quantized_shapes(shapes), quantized_axes(axes)
     held = jax.tree.map(
-        lambda axes, shape: math.prod(place.sharding(axes).shard_shape(shape)),
-        logical_axes(config),
+        lambda names, leaf: (
+            math.prod(place.sharding(names).shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        ),
+        axes,
         shapes,
         is_leaf=is_axes,
     )

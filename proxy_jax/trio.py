@@ -32,6 +32,7 @@ Role = str
 ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
 Plan = Literal["separate", "stacked", "shared"]
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZED = ("", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +47,15 @@ class ModelSpec:
       template: see `Template`.
       adapter: a LoRA adapter to put on the model: a PEFT directory, or a LoRA run or one of its
         checkpoints; empty for none.
+      quantize: "int8" stores the large weights in 8 bits (proxy_jax.models.quantized); empty keeps
+        dtype for all.
     """
 
     path: str
     dtype: str = "float32"
     template: str = "raw"
     adapter: str = ""
+    quantize: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +76,17 @@ class Pass:
     Attributes:
       roles: whom it serves.
       config: their architecture.
-      dtype: of the weights.
+      dtype: of the weights, caches and activations.
       shared: two roles read the same weights, once for both; only adapters differ. Otherwise the
         weights of two roles are stacked along a leading axis.
+      quantize: "int8" if the large weights are stored so instead.
     """
 
     roles: tuple[Role, ...]
     config: ModelConfig
     dtype: str
     shared: bool = False
+    quantize: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,10 +139,11 @@ class Trio:
         Raises:
           InputError: plan "stacked" for an expert and anti-expert of different shapes.
         """
-        whole = [
-            Pass((role,), self.members[role].config, self.members[role].spec.dtype)
-            for role in self.roles
-        ]
+        whole = []
+        for role in self.roles:
+            member = self.members[role]
+            spec = member.spec
+            whole.append(Pass((role,), member.config, spec.dtype, quantize=spec.quantize))
         if plan == "separate":
             return tuple(whole)
         if plan not in ("stacked", "shared"):
@@ -145,7 +152,7 @@ class Trio:
             raise InputError(f"plan {plan!r} needs an expert and an anti-expert")
         base, expert, anti = whole
         specs = [self.members[role].spec for role in ("expert", "antiexpert")]
-        if (expert.config, expert.dtype) != (anti.config, anti.dtype):
+        if dataclasses.replace(expert, roles=anti.roles) != anti:
             raise InputError(
                 f"plan {plan!r} needs an expert and an anti-expert of one shape and dtype; "
                 "use plan 'separate'"
@@ -157,12 +164,13 @@ class Trio:
                 "plan 'shared' needs an expert that is the anti-expert's checkpoint with an "
                 f"adapter, not {specs[0].path} and {specs[1].path} {specs[1].adapter}"
             )
-        return base, Pass(("expert", "antiexpert"), expert.config, expert.dtype, plan == "shared")
+        both = dataclasses.replace(expert, roles=("expert", "antiexpert"), shared=plan == "shared")
+        return base, both
 
-    def tree_key(self, one: Pass) -> tuple[tuple[str, ...], str]:
+    def tree_key(self, one: Pass) -> tuple[tuple[str, ...], str, str]:
         """What a pass's weights come from; passes with equal keys share them."""
         paths = tuple(self.members[role].spec.path for role in one.roles)
-        return paths[:1] if one.shared else paths, one.dtype
+        return paths[:1] if one.shared else paths, one.dtype, one.quantize
 
     def check_weights(self) -> None:
         """Compares every checkpoint's tensors with its config, and reads the adapters.
@@ -221,6 +229,8 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
             raise InputError(
                 f"{role}: dtype {spec.dtype!r} is unknown; use one of {', '.join(DTYPES)}"
             )
+        if spec.quantize not in QUANTIZED:
+            raise InputError(f"{role}: quantize {spec.quantize!r} is unknown; use int8, or nothing")
         twin = next((m for m in members.values() if m.spec.path == spec.path), None)
         checkpoint = twin.checkpoint if twin else _open(spec)
         members[role] = Member(
@@ -313,7 +323,7 @@ def load_trio(
     if stacked_layers is None:
         stacked_layers = jax.default_backend() != "cpu"
     passes = trio.passes(plan)
-    loaded: dict[tuple[tuple[str, ...], str], Params] = {}
+    loaded: dict[Any, Params] = {}
     params = []
     for one in passes:
         key = trio.tree_key(one)
@@ -325,6 +335,7 @@ def load_trio(
                 one.dtype,
                 place,
                 stacked=stacked_layers,
+                quantize=one.quantize,
                 progress=progress,
             )
         params.append(_adapted(trio, one, loaded[key], place))

@@ -23,7 +23,8 @@ def evaluation(trio: ConfigDict, *tasks: str) -> ConfigDict:
     # left out. A model's template may also be "task": a chat model, which each task prompts in its
     # own way. A model that is not "raw" reads, alone, the prompt that a task has for chat models.
     config.tuned = ConfigDict(
-        {"path": "", "dtype": fields["base"]["dtype"], "template": "raw", "adapter": ""}
+        {"path": "", "template": "raw", "adapter": ""}
+        | {name: fields["base"][name] for name in ("dtype", "quantize")}
     )
 
     # data: the official file (for ToxiGen its directory), the hub id of a copy, or empty for the

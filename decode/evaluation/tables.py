@@ -141,7 +141,7 @@ def models(results: Mapping[str, Any]) -> Table:
             Cell(LABELS[row], row=row),
             results["models"][row]["path"],
             results["models"][row]["adapter"] or "none",
-            results["models"][row]["dtype"],
+            results["models"][row]["quantize"] or results["models"][row]["dtype"],
             results["models"][row]["template"],
         ]
         for row in _MODELS

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,13 @@ from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, logical_axes
-from proxy_jax.sharding import Placement
+from proxy_jax.models.quantized import INPUTS, Quantized, quantise
+from proxy_jax.sharding import Axes, Placement
 
 Progress = Callable[[int], object]
+Keys: TypeAlias = tuple[str | int, ...]
+Shape: TypeAlias = tuple[int, ...]
+Index: TypeAlias = tuple[slice, ...]
 _HUB_CONFIG = ("*.json", "*.model", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
 _ALIGNED = 64  # bytes: what XLA's CPU devices ask of memory that they take over
@@ -54,6 +58,9 @@ class Checkpoint(Protocol):
 
     def tokenizer(self) -> Any:
         """A transformers tokenizer."""
+
+
+Fill: TypeAlias = Callable[[np.ndarray, Checkpoint, Tensor, Index], None]
 
 
 def open_checkpoint(location: str) -> Checkpoint:
@@ -102,6 +109,7 @@ def load_params(
     place: Placement,
     *,
     stacked: bool,
+    quantize: str = "",
     progress: Progress = lambda parameters: None,
 ) -> Params:
     """Loads a model's weights, each device's part read on its own.
@@ -117,6 +125,8 @@ def load_params(
       dtype: of the parameters, whatever the files hold.
       place: the mesh and rules.
       stacked: one array with a leading axis for all layers, instead of a tuple of layers.
+      quantize: "int8" stores the large weights so (proxy_jax.models.quantized), each one quantised
+        as it is read.
       progress: called with the number of parameters after each array.
 
     Raises:
@@ -128,12 +138,11 @@ def load_params(
         check_tensors(checkpoint, list(table.values()), tied=config.tied_head)
     dtype = jnp.dtype(dtype)
 
-    def load(path: tuple[str | int, ...], names: tuple[str | None, ...]) -> jax.Array:
-        layers = config.num_layers if stacked and path[0] == "layers" else 0
+    def array(keys: Keys, names: Axes, shape: Shape, dtype: np.dtype, fill: Fill) -> jax.Array:
+        layers = config.num_layers if stacked and keys[0] == "layers" else 0
         members = (
-            [table[("layers", i, *path[1:])] for i in range(layers)] if layers else [table[path]]
+            [table[("layers", i, *keys[1:])] for i in range(layers)] if layers else [table[keys]]
         )
-        shape = tuple(dict(members[0].sizes)[letter] for letter in members[0].target)
         whole = lead + ((layers,) if layers else ()) + shape
         sharding = place.sharding((None,) * (len(whole) - len(shape)) + names)
 
@@ -146,12 +155,53 @@ def load_params(
             targets = filled.reshape(-1, *sizes[len(sizes) - len(shape) :])
             blocks = itertools.product(chosen, of_each)
             for target, (checkpoint, tensor) in zip(targets, blocks, strict=True):
-                _read_into(target, checkpoint, tensor, rest)
+                fill(target, checkpoint, tensor, rest)
             return filled
 
-        array = jax.make_array_from_callback(whole, sharding, part)
-        progress(array.size)
-        return array
+        return jax.make_array_from_callback(whole, sharding, part)
+
+    def load(keys: Keys, names: Axes) -> jax.Array | Quantized:
+        tensor = table[("layers", 0, *keys[1:]) if stacked and keys[0] == "layers" else keys]
+        shape = tuple(dict(tensor.sizes)[letter] for letter in tensor.target)
+        if quantize and keys[-1] in INPUTS:
+            quantized = load_quantized(keys, names, shape, INPUTS[keys[-1]])
+            progress(quantized.values.size)
+            return quantized
+        loaded = array(keys, names, shape, dtype, _read_into)
+        progress(loaded.size)
+        return loaded
+
+    def load_quantized(keys: Keys, names: Axes, shape: Shape, inputs: int) -> Quantized:
+        into, out = shape[:inputs], shape[inputs:]
+        made: dict[Any, np.ndarray] = {}  # scales, by what they are of
+
+        def name(checkpoint: Checkpoint, tensor: Tensor, outputs: Index) -> Any:
+            cuts = (cut.indices(size) for cut, size in zip(outputs, out, strict=True))
+            return id(checkpoint), tensor.name, *cuts
+
+        def values(
+            target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: Index
+        ) -> None:
+            outputs, here = index[: len(out)], index[len(out) :]
+            scales = np.empty(target.shape[: len(out)], np.float32)
+            # An output's scale is that of all its inputs, whichever of them lie here.
+            all_inputs = (slice(None),) * inputs
+            for there, piece in _pieces(checkpoint, tensor, all_inputs + outputs):
+                turned = np.moveaxis(piece, range(inputs), range(-inputs, 0))
+                rounded, scales[there[inputs:]] = quantise(turned, len(out))
+                target[there[inputs:]] = rounded[(slice(None),) * len(out) + here]
+            made[name(checkpoint, tensor, outputs)] = scales
+
+        def scales(
+            target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: Index
+        ) -> None:
+            target[...] = made[name(checkpoint, tensor, index)]
+
+        int8, float32 = np.dtype(np.int8), np.dtype(np.float32)
+        return Quantized(
+            array(keys, names[inputs:] + names[:inputs], out + into, int8, values),
+            array(keys, names[inputs:], out, float32, scales),
+        )
 
     axes = logical_axes(config)
     if stacked:
@@ -193,10 +243,16 @@ def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return room[start : start + size].view(dtype).reshape(shape)
 
 
-def _read_into(
-    target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: tuple[slice, ...]
-) -> None:
-    """Fills an array with a part of a tensor, a piece at a time.
+def _read_into(target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: Index) -> None:
+    """Fills an array with a part of a tensor."""
+    for there, piece in _pieces(checkpoint, tensor, index):
+        target[there] = piece
+
+
+def _pieces(
+    checkpoint: Checkpoint, tensor: Tensor, index: Index
+) -> Iterator[tuple[Index, np.ndarray]]:
+    """A part of a tensor in our layout, a few of the file's rows at a time, and where they go.
 
     A file's numbers may take twice as much memory as ours, and those of a quantised one four times.
     """
@@ -211,7 +267,7 @@ def _read_into(
             tensor.name, tensor.source_index((*index[:axis], rows, *index[axis + 1 :]))
         )
         there = (slice(None),) * axis + (slice(rows.start - first, rows.stop - first),)
-        target[there] = tensor.to_ours(piece)
+        yield there, tensor.to_ours(piece)
 
 
 def _map_axes(load: Any, axes: Any, path: tuple[str | int, ...] = ()) -> Any:

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from proxy_jax.models import lora
 from proxy_jax.models.cache import KVCache
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.einsum import dense
 from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm, softcap
 from proxy_jax.models.moving import move
 from proxy_jax.sharding import LOCAL, Placement
@@ -150,7 +150,7 @@ def unembed(
             head, spec = params["embedding"], "BTD,VD->BTV"
         else:
             head, spec = params["head"], "BTD,DV->BTV"
-        logits = dense(spec, x, head)
+        logits = lora.product(spec, x, head)
         logits = softcap(logits, config.final_softcap)
         return place.constrain(logits, ("batch", None, "vocab"))
 

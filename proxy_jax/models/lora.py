@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proxy_jax.models import quantized
 from proxy_jax.models.einsum import dense
+from proxy_jax.models.quantized import Quantized
 
 # Hugging Face's name of each linear layer: where its weight is, and how many of the weight's first
 # axes are inputs.
@@ -35,7 +37,7 @@ class Adapted:
     """A weight and its adapter.
 
     Attributes:
-      weight: of the base model, [in..., out...].
+      weight: of the base model, [in..., out...], or a `Quantized` one.
       a: [in..., R].
       b: [R, out...].
       scale: lora_alpha / R.
@@ -53,17 +55,19 @@ class Adapted:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array | Adapted) -> jax.Array:
+def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Adapted) -> jax.Array:
     """einsum of activations and a weight, in float32.
 
     Args:
       spec: "x's letters,the weight's letters->the result's letters".
       x: in the dtype to compute in.
-      weight: an array or an adapted weight.
+      weight: an array, or a weight that is quantised, adapted, or both.
     """
+    if isinstance(weight, Quantized):
+        return quantized.product(spec, x, weight)
     if not isinstance(weight, Adapted):
         return dense(spec, x, weight)
-    whole = dense(spec, x, weight.weight)
+    whole = product(spec, x, weight.weight)
     left, right = spec.split("->")
     x_letters, w_letters = left.split(",")
     into = "".join(letter for letter in w_letters if letter in x_letters)

@@ -115,7 +115,8 @@ def task(name, values, *, higher_is_better=True, sweep=()):
 
 
 def results_of(*tasks, unfinished=()):
-    part = {"path": "models/a-model", "dtype": "float32", "template": "raw", "adapter": ""}
+    part = dict.fromkeys(("adapter", "quantize"), "")
+    part |= {"path": "models/a-model", "dtype": "float32", "template": "raw"}
     rows = {row for one in tasks for row in one["rows"]} - {"proxy"}
     return {
         "models": {row: part | {"path": f"models/{row}-1b/"} for row in LABELS if row in rows},

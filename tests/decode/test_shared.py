@@ -18,7 +18,7 @@ from tests.trios import PROMPTS, STEPS, complete
 
 @pytest.fixture(scope="module")
 def lora(llama, tmp_path_factory):
-    """The llama trio with M+ = M- and a random adapter, and what its torch loop draws."""
+    """The llama trio with M+ = M- and a random adapter: what its torch loop draws, M+ in torch."""
     directory = tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj", "down_proj"])
     fresh = type(llama.models["antiexpert"]).from_pretrained(llama.paths["antiexpert"])
@@ -31,7 +31,7 @@ def lora(llama, tmp_path_factory):
     expert.save_pretrained(directory)
     tuned = dataclasses.replace(llama, models={**llama.models, "expert": expert})
     answers = [tuned.greedy(tuned.ids(prompt), STEPS) for prompt in PROMPTS]
-    return str(directory), answers
+    return str(directory), answers, expert
 
 
 def specs(llama, adapter):
@@ -43,7 +43,7 @@ def specs(llama, adapter):
 @pytest.mark.parametrize("stacked_layers", [False, True])
 @pytest.mark.parametrize("plan", ["separate", "shared"])
 def test_an_adapter(llama, lora, plan, stacked_layers):
-    adapter, answers = lora
+    adapter, answers, _ = lora
     loaded = load_trio(**specs(llama, adapter), plan=plan, stacked_layers=stacked_layers)
     assert complete(loaded) == answers
 
@@ -54,7 +54,7 @@ def test_another_prompt_only(llama):
 
 
 def test_on_eight_devices(llama, lora):
-    adapter, answers = lora
+    adapter, answers, _ = lora
     place = Placement(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
     assert complete(load_trio(**specs(llama, adapter), plan="shared", place=place)) == answers
 

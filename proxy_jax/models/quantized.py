@@ -1,0 +1,124 @@
+"""Weights stored as 8-bit integers, and their products with activations.
+
+Letters: as in layers.py; "in" and "out" are a weight's axes that are summed over, and the others.
+
+A weight W[in, out] is stored as integers q and one scale an output, W = q * scale[out], with
+scale = max |W[:, out]| / 127. In a product each token's activations are rounded the same way, with
+the token's own scale, and int8 is multiplied with int8 and summed in int32, exactly; both scales
+are applied in float32 (Dettmers et al. 2022, vector-wise quantisation). The embedding, a head tied
+to it, norms and biases stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from proxy_jax.models.einsum import of_rows
+from proxy_jax.sharding import is_axes
+
+# How many of the first axes of each weight that can be stored so are inputs, by its name.
+INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
+_LARGEST = 127
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A weight of 8 bits.
+
+    Attributes:
+      values: [out..., in...] int8; outputs come first because the products of CPUs, the same
+        layout as the files', are quicker so.
+      scales: [out...] float32.
+    """
+
+    values: Any
+    scales: Any
+
+    @property
+    def ndim(self) -> int:
+        """That of the weight, as of an array."""
+        return self.values.ndim
+
+
+def quantise(weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a weight to values and scales.
+
+    Args:
+      weight: [out..., in...], floating-point.
+      outputs: how many axes out is.
+    """
+    full = weight.astype(np.float32)
+    inputs = tuple(range(outputs, weight.ndim))
+    scales = _scale(np.abs(full).max(axis=inputs))
+    return np.rint(full / np.expand_dims(scales, inputs)).astype(np.int8), scales
+
+
+def product(spec: str, x: jax.Array, weight: Quantized) -> jax.Array:
+    """einsum of activations and a quantised weight, in float32.
+
+    Args:
+      spec: "x's letters,the weight's letters->the result's letters": the inputs last in x, first
+        in the weight; the result is what is left of x, then the outputs.
+      x: activations, in any floating-point dtype.
+      weight: see `Quantized`.
+    """
+    operands, result = spec.split("->")
+    x_letters, w_letters = operands.split(",")
+    outputs = weight.scales.ndim
+    inputs = w_letters[: len(w_letters) - outputs]
+    stored = w_letters[len(inputs) :] + inputs
+    full = x.astype(jnp.float32)
+    over = tuple(range(x.ndim - len(inputs), x.ndim))
+    scale = _scale(jnp.max(jnp.abs(full), axis=over, keepdims=True))
+    rounded = jnp.rint(full / scale).astype(jnp.int8)
+    total = of_rows(f"{x_letters},{stored}->{result}", rounded, weight.values, jnp.int32)
+    of_tokens = scale.reshape(*scale.shape[: over[0]], *[1] * outputs)
+    of_outputs = jnp.expand_dims(weight.scales, tuple(range(over[0])))
+    return total.astype(jnp.float32) * (of_tokens * of_outputs)
+
+
+def map_weights(
+    function: Callable[[Any, int], Any], tree: Any, *, is_leaf: Callable[[Any], bool] | None = None
+) -> Any:
+    """Maps function(leaf, inputs) over the weights of a tree like a model's params that are stored
+    in 8 bits; the other leaves stay."""
+
+    def of_path(path: Sequence[Any], leaf: Any) -> Any:
+        name = getattr(path[-1], "key", None)
+        return function(leaf, INPUTS[name]) if name in INPUTS else leaf
+
+    return jax.tree_util.tree_map_with_path(of_path, tree, is_leaf=is_leaf)
+
+
+def quantized_axes(axes: Any) -> Any:
+    """Logical axes of a model's params with 8-bit weights, from those of its plain params."""
+
+    def turned(names: tuple[str | None, ...], inputs: int) -> Quantized:
+        return Quantized(names[inputs:] + names[:inputs], names[inputs:])
+
+    return map_weights(turned, axes, is_leaf=is_axes)
+
+
+def quantized_shapes(params: Any) -> Any:
+    """Shapes and dtypes of a model's params with 8-bit weights, from those of its plain params."""
+
+    def turned(leaf: Any, inputs: int) -> Quantized:
+        outputs = leaf.shape[inputs:]
+        return Quantized(
+            jax.ShapeDtypeStruct(outputs + leaf.shape[:inputs], jnp.int8),
+            jax.ShapeDtypeStruct(outputs, jnp.float32),
+        )
+
+    return map_weights(turned, params)
+
+
+def _scale(largest: Any) -> Any:
+    """What the integers count in. Not finite where the numbers are not, so that it is seen."""
+    return (largest + (largest == 0)) / np.float32(_LARGEST)
