@@ -4,12 +4,13 @@ Letters: B slots, P rows of one prefill, T new tokens, R roles of a pass, V voca
 
     prefill   runs a pass over new prompts and writes their keys and values into free slots;
               compiled once per prompt-length bucket
+    copy      gives a prompt that is in the caches to other slots: the samples of a prompt
     admit     sets the slots' rows to new requests
     step      three forwards -> combine -> processors -> draw -> append; a trace, if asked for
     chunk     a compiled loop of steps; between two chunks the host looks at what came out
 
 A pass (proxy_jax.trio) is one parameter tree, which serves one role, or two by vmap. Nothing
-here knows about text, files or queues: decode/scheduler.py drives these four functions.
+here knows about text, files or queues: decode/scheduler.py drives these five functions.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from decode.sampling import Sampling, Truncation, draw, keep, row_keys
 from decode.state import DecodeState, Rows
 from decode.trace import Trace, distributions, measure
 from proxy_jax.combine import combine
-from proxy_jax.models.cache import KVCache, insert
+from proxy_jax.models.cache import KVCache, insert, take
 from proxy_jax.models.decoder import Params, apply
 from proxy_jax.models.lora import role_axes
 from proxy_jax.sharding import Placement
@@ -131,6 +132,28 @@ def prefill(
         return _pin_cache(program, insert(cache, _with_lengths(rows, lengths[0]), slots))
     inserted = jax.vmap(insert, in_axes=(0, 0, None))(cache, _with_lengths(rows, lengths), slots)
     return _pin_cache(program, inserted)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def copy(
+    program: Program,
+    cache: KVCache,
+    lengths: jax.Array,
+    sources: jax.Array,
+    slots: jax.Array,
+) -> KVCache:
+    """Copies prompts that the cache of a pass holds to other slots.
+
+    Args:
+      program: static.
+      cache: a pass's; donated.
+      lengths: [R, P] int32, of the prompts less their last token.
+      sources, slots: [P] int32, from where to where; B drops the copy.
+    """
+    if len(lengths) == 1:
+        return _pin_cache(program, insert(cache, take(cache, sources, lengths[0]), slots))
+    rows = jax.vmap(take, in_axes=(0, None, 0))(cache, sources, lengths)
+    return _pin_cache(program, jax.vmap(insert, in_axes=(0, 0, None))(cache, rows, slots))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -79,7 +79,7 @@ class Request:
 
     Attributes:
       row: its identity, the source of its randomness: prompt index * samples + sample.
-      ids: prompt ids by role, none empty.
+      ids: prompt ids by role, none empty; one object for the samples of a prompt.
       alpha: schedule of the coefficient.
       max_new_tokens: most new tokens.
     """

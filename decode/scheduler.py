@@ -28,6 +28,7 @@ from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Trio
 
 _SHORTEST_BUCKET = 32
+_COPIED_ROWS = 8  # at once; a copy holds so many rows of a cache a second time
 _CACHE_GRAIN = 128  # cache lengths are multiples of it, so that few programs are compiled
 
 
@@ -104,12 +105,13 @@ class Generator:
         pieces = max((len(request.alpha) for request in requests), default=1)
         batch = self.options.batch_size
         slots: list[_Slot | None] = [None] * batch
-        state = self._new_state(contexts, pieces)
+        state = self.new_state(contexts, pieces)
         while queue or any(slots):
             free = [i for i, slot in enumerate(slots) if slot is None]
             arrivals = {i: queue.popleft() for i in free[: len(queue)]}
             if arrivals:
-                state = self._admit(state, arrivals, pieces)
+                running = {i: slot.request for i, slot in enumerate(slots) if slot is not None}
+                state = self.admit(state, arrivals, running, pieces)
                 for i, request in arrivals.items():
                     prompt = request.ids["base"]
                     slots[i] = _Slot(request, Detokenizer(self.loaded.trio.tokenizer, prompt))
@@ -175,18 +177,45 @@ class Generator:
             trace=joined(slot.traces, len(ids)) if self.options.trace else None,
         )
 
-    def _new_state(self, contexts: Mapping[str, int], pieces: int) -> DecodeState:
+    def new_state(self, contexts: Mapping[str, int], pieces: int = 1) -> DecodeState:
+        """An empty batch.
+
+        Args:
+          contexts: by role, the longest context of the job.
+          pieces: the most pieces of an alpha schedule.
+        """
         sizes = tuple(cache_slots(one, contexts) for one in self.program.passes)
         idle = self._rows([None], pieces)
         return engine.new_state(self.program, sizes, self.options.batch_size, idle)
 
-    def _admit(
-        self, state: DecodeState, arrivals: Mapping[int, Request], pieces: int
+    def admit(
+        self,
+        state: DecodeState,
+        arrivals: Mapping[int, Request],
+        running: Mapping[int, Request],
+        pieces: int = 1,
     ) -> DecodeState:
+        """Prefills requests into free slots.
+
+        Args:
+          state: the batch; its arrays are donated.
+          arrivals: by slot.
+          running: those under way, by slot.
+          pieces: as in `new_state`.
+        """
+        # The samples of a prompt have one ids: it is prefilled for the first of them, and copied.
+        holders = {id(request.ids): i for i, request in running.items()}
+        new, copies = {}, {}
+        for i, request in arrivals.items():
+            source = holders.setdefault(id(request.ids), i)
+            if source == i:
+                new[i] = request
+            else:
+                copies[i] = source
         caches = list(state.caches)
         for index, one in enumerate(self.program.passes):
             slots_a_row = jax.tree.leaves(caches[index].keys)[0].shape[-2]
-            for length, group in self._groups(one.roles, arrivals, slots_a_row):
+            for length, group in self._groups(one.roles, new, slots_a_row):
                 tokens = np.zeros((len(one.roles), len(group), length), np.int32)
                 lengths = np.zeros((len(one.roles), len(group)), np.int32)
                 slots = np.full(len(group), self.options.batch_size, np.int32)
@@ -202,6 +231,15 @@ class Generator:
                     self.program, index, self.loaded.params[index], caches[index],
                     tokens, lengths, slots,
                 )  # fmt: skip
+            for first in range(0, len(copies), _COPIED_ROWS):
+                targets = list(copies)[first : first + _COPIED_ROWS]
+                sources = np.zeros(_COPIED_ROWS, np.int32)
+                slots = np.full(_COPIED_ROWS, self.options.batch_size, np.int32)
+                lengths = np.zeros((len(one.roles), _COPIED_ROWS), np.int32)
+                for p, slot in enumerate(targets):
+                    sources[p], slots[p] = copies[slot], slot
+                    lengths[:, p] = [len(arrivals[slot].ids[role]) - 1 for role in one.roles]
+                caches[index] = engine.copy(self.program, caches[index], lengths, sources, slots)
         state = dataclasses.replace(state, caches=tuple(caches))
         return self._set_rows(state, arrivals, pieces)
 

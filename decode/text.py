@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
 # Tokens of the prompt that are decoded along with the new ones, so that a tokenizer that drops
 # the space before a text's first word does not drop the first new word's.
 _CONTEXT = 4
+_BYTES = 4  # of the longest character
 _BROKEN = "\ufffd"  # what a part of a character decodes to
 
 
@@ -36,13 +38,18 @@ class Detokenizer:
 
         A stop string may begin and end inside tokens. Independent of how many tokens come at once.
         """
-        if not stop or _first(self.text(ids), stop) is None:
+
+        def found(count: int) -> bool:
+            return _first(self.text(ids[:count]), stop) is not None
+
+        if not stop or not found(len(ids)):
             return None
-        for count in range(1, len(ids) + 1):
-            text = self.text(ids[:count])
-            if (at := _first(text, stop)) is not None:
-                return count, text[:at]
-        return None
+        # Found once, a stop string stays, but for the tokens of a character that is not yet whole.
+        count = bisect.bisect_left(range(1, len(ids)), True, key=found) + 1
+        while earlier := [c for c in range(max(1, count - _BYTES), count) if found(c)]:
+            count = earlier[0]
+        text = self.text(ids[:count])
+        return count, text[: _first(text, stop)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(

@@ -69,6 +69,26 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
     return move(rows, cache, new.astype(cache.dtype))
 
 
+def take(cache: KVCache, slots: jax.Array, lengths: jax.Array) -> KVCache:
+    """Rows of a running batch's cache, for `insert`.
+
+    Args:
+      cache: a cache of B rows.
+      slots: [P] int32, which rows.
+      lengths: [P] int32, how many of each one's tokens count.
+    """
+
+    def rows(whole: jax.Array) -> jax.Array:
+        return whole[:, slots] if whole.ndim == 5 else whole[slots]
+
+    take_bits = lambda whole: move(rows, whole)  # noqa: E731
+    return KVCache(
+        keys=jax.tree.map(take_bits, cache.keys),
+        values=jax.tree.map(take_bits, cache.values),
+        lengths=lengths,
+    )
+
+
 def insert(cache: KVCache, rows: KVCache, slots: jax.Array) -> KVCache:
     """Copies freshly prefilled rows into the cache of a running batch.
 

@@ -55,6 +55,36 @@ def test_order_of_requests_changes_nothing(loaded, expected):
     assert tokens == dict(enumerate(expected))
 
 
+@pytest.mark.parametrize("plan", ["separate", "stacked"])
+def test_samples_of_a_prompt_are_prefilled_once(llama, expected, plan, monkeypatch):
+    """Also those that arrive while another is under way."""
+    limits = [12, 4, 4, 4, 12, 4]
+    prompts = [0, 0, 0, 0, 6, 6]
+    loaded = llama.load(plan=plan)
+    requests = requests_of(loaded, [PROMPTS[0]], samples=4) + requests_of(
+        loaded, [PROMPTS[6]], samples=2
+    )
+    requests = [
+        dataclasses.replace(request, row=row, max_new_tokens=limit)
+        for row, (request, limit) in enumerate(zip(requests, limits, strict=True))
+    ]
+    prefilled = []
+    real = engine.prefill
+
+    def prefill(program, index, params, cache, tokens, lengths, slots):
+        prefilled.append((index, int((slots < 4).sum())))
+        return real(program, index, params, cache, tokens, lengths, slots)
+
+    monkeypatch.setattr(engine, "prefill", prefill)
+    tokens, _ = run(loaded, requests)
+    assert tokens == {
+        row: expected[prompt][:limit]
+        for row, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
+    }
+    rows = [sum(count for index, count in prefilled if index == i) for i in range(3)]
+    assert rows == [2] * len(loaded.passes) + [0] * (3 - len(loaded.passes))
+
+
 @pytest.fixture(scope="module")
 def sampled(loaded):
     """Two samples a prompt at temperature 1.3."""

@@ -210,7 +210,7 @@ def test_memory_is_that_of_a_chunk(loaded):
     program = engine.Program.of(loaded, trace=True)
     generator = Generator(loaded, options(trace=True, max_new_tokens=100))
     requests = make_requests(loaded.trio, generator.options, PROMPTS)
-    state = generator._new_state(longest_contexts(requests), 1)
+    state = generator.new_state(longest_contexts(requests))
     run = lambda *arrays: engine.chunk(program, *arrays, 4)  # noqa: E731
     _, seen = jax.eval_shape(run, loaded.params, state, generator.settings)
     assert {leaf.shape[:2] for leaf in jax.tree.leaves(seen["trace"])} == {(4, 4)}
