@@ -69,19 +69,18 @@ def product(spec: str, x: jax.Array, weight: Quantized) -> jax.Array:
       x: activations, in any floating-point dtype.
       weight: see `Quantized`.
     """
-    operands, result = spec.split("->")
-    x_letters, w_letters = operands.split(",")
-    outputs = weight.scales.ndim
-    inputs = w_letters[: len(w_letters) - outputs]
-    stored = w_letters[len(inputs) :] + inputs
-    full = x.astype(jnp.float32)
-    over = tuple(range(x.ndim - len(inputs), x.ndim))
-    scale = _scale(jnp.max(jnp.abs(full), axis=over, keepdims=True))
-    rounded = jnp.rint(full / scale).astype(jnp.int8)
-    total = of_rows(f"{x_letters},{stored}->{result}", rounded, weight.values, jnp.int32)
-    of_tokens = scale.reshape(*scale.shape[: over[0]], *[1] * outputs)
-    of_outputs = jnp.expand_dims(weight.scales, tuple(range(over[0])))
-    return total.astype(jnp.float32) * (of_tokens * of_outputs)
+    outputs = weight.scales.shape
+    x_letters = spec.split(",")[0]
+    rows = x_letters[: x.ndim - (weight.ndim - len(outputs))]
+    # One axis in and one out: of several, the CPU compiler would transpose the weight each time.
+    flat = x.reshape(*x.shape[: len(rows)], -1).astype(jnp.float32)
+    values = weight.values.reshape(-1, flat.shape[-1])
+    scale = _scale(jnp.max(jnp.abs(flat), axis=-1, keepdims=True))
+    rounded = jnp.rint(flat / scale).astype(jnp.int8)
+    total = of_rows(f"{rows}I,OI->{rows}O", rounded, values, jnp.int32)
+    of_outputs = jnp.expand_dims(weight.scales.reshape(-1), tuple(range(len(rows))))
+    out = total.astype(jnp.float32) * (scale * of_outputs)
+    return out.reshape(*out.shape[:-1], *outputs)
 
 
 def map_weights(
