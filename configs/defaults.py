@@ -63,4 +63,20 @@ def decoding() -> ConfigDict:
     # Record what each model thought of every token, and explain it: explanation.json, tokens.html.
     config.trace = False
     config.overwrite = False  # replaces the output of another job; the same job goes on
+
+    # decode.benchmark: M alone and the trio under each plan and dtype, each of these batches,
+    # prompts and outputs. dtypes: "float32", "bfloat16", "float16", or "int8", for 8-bit weights
+    # with the rest as the models' dtype says; empty for what the models say. plans: empty for the
+    # plan above. compare: "torch", the same trio in a loop over transformers' models.
+    config.benchmark = ConfigDict(
+        {
+            "batch_sizes": (1, 8, 32),
+            "prompt_lengths": (8,),
+            "output_lengths": (48,),
+            "plans": (),
+            "dtypes": (),
+            "repeats": 5,
+            "compare": "",
+        }
+    )
     return config.lock()

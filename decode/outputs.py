@@ -21,7 +21,7 @@ import manifest
 from proxy_jax.errors import InputError
 
 # Config fields that do not change a row's result, and may differ when a job is resumed.
-_FREE = ("output_dir", "overwrite", "chunk_steps", "distributed")
+_FREE = ("output_dir", "overwrite", "chunk_steps", "distributed", "benchmark")
 
 
 class OutputFile:
