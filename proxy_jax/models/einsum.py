@@ -64,24 +64,44 @@ def dense(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def of_rows(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    """`contract` of activations with a weight.
+    """`contract` of activations with a weight, as each backend does it best.
 
     XLA's CPU compiler has quick products for two rows or more of numbers below 32 bits, not for
-    one: there, one row is multiplied twice.
+    one: there, one row is multiplied twice. And a weight whose outputs come first stands in front.
     """
-    letters, result = spec.split(",")[0], spec.split("->")[1]
+    operands, result = spec.split("->")
+    letters, w_letters = operands.split(",")
     rows = [i for i, letter in enumerate(letters) if letter in result]
-    if x.dtype.itemsize == 4 or math.prod(x.shape[i] for i in rows) != 1:
+    alone = x.dtype.itemsize < 4 and math.prod(x.shape[i] for i in rows) == 1
+    in_front = w_letters[0] in result
+    turned = f"{w_letters},{letters}->{result}"
+
+    def anywhere(x: jax.Array, weight: jax.Array) -> jax.Array:
         return contract(spec, x, weight, dtype)
 
-    def one(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return contract(spec, x, weight, dtype)
+    def on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return contract(turned, weight, x, dtype) if in_front else anywhere(x, weight)
 
-    def two(x: jax.Array, weight: jax.Array) -> jax.Array:
-        pair = one(jnp.concatenate([x, x], axis=rows[0]), weight)
+    def of_two(x: jax.Array, weight: jax.Array) -> jax.Array:
+        pair = on_cpu(jnp.concatenate([x, x], axis=rows[0]), weight)
         return jax.lax.slice_in_dim(pair, 0, 1, axis=result.index(letters[rows[0]]))
 
-    return jax.lax.platform_dependent(x, weight, cpu=two, default=one)
+    def of_many(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=anywhere)
+
+    @jax.custom_batching.custom_vmap
+    def of_one(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, weight, cpu=of_two, default=anywhere)
+
+    @of_one.def_vmap
+    def _(size: int, batched: list[bool], x: jax.Array, weight: jax.Array) -> Any:
+        # Rows of several roles and one weight: these are rows enough.
+        run = of_many if batched == [True, False] else of_one.fun
+        return jax.vmap(run, [0 if b else None for b in batched])(x, weight), True
+
+    if alone:
+        return of_one(x, weight)
+    return of_many(x, weight) if in_front else anywhere(x, weight)
 
 
 def _forward(
