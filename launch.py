@@ -1,4 +1,4 @@
-"""How every program starts: its config flag, one-line errors, the compile cache, many processes."""
+"""How every program starts and fails: its config flag, the compile cache, one-line errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import processes
 from proxy_jax.errors import InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is a shell's for SIGINT
@@ -28,7 +29,8 @@ def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
       xla_flags: for the compiler; those in $XLA_FLAGS come after them, and win.
 
     An InputError, or a config that cannot be read, ends the program with one line and status 2;
-    Ctrl-C with one word and status 130. Finished rows and checkpoints are on disk by then: main
+    Ctrl-C with one word and status 130; the loss of another process of the job with one line and
+    status 1 or, if JAX finds it, an abort. Finished rows and checkpoints are on disk by then: main
     loses nothing by it.
     """
     os.environ["XLA_FLAGS"] = f"{xla_flags} {os.environ.get('XLA_FLAGS', '')}".strip()
@@ -47,13 +49,17 @@ def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
                 raise InputError("--config=FILE is missing; see configs/ for examples")
             use_compilation_cache()
             if _distributed(config.value):
-                join_processes()
+                processes.join()
             main(config.value)
         except InputError as error:
             _fail(error)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
+        except Exception as error:
+            if jax.distributed.is_initialized():
+                processes.fail(error)
+            raise
 
     app.run(entry, flags_parser=_parse)
 
@@ -67,24 +73,6 @@ def use_compilation_cache() -> None:
         cache = Path("~/.cache/proxy_jax/compiled").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def join_processes() -> None:
-    """Joins the job's other processes.
-
-    TPU pods, Slurm and Open MPI say themselves who takes part. Elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID do.
-
-    Raises:
-      InputError: neither does, or the coordinator does not answer.
-    """
-    count, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
-    try:
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None, process_id=int(index) if index else None
-        )
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"distributed: {error}") from error
 
 
 def _distributed(config: ConfigDict) -> bool:
@@ -108,4 +96,6 @@ def _parse(argv: list[str]) -> list[str]:
 def _fail(error: Exception) -> None:
     # One line, whatever a library put into its message.
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    if jax.distributed.is_initialized():
+        processes.leave(BAD_INPUT)
     sys.exit(BAD_INPUT)

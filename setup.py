@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",  # hashlib.file_digest
     packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
-    py_modules=["launch", "manifest"],
+    py_modules=["launch", "manifest", "native_stderr", "processes"],
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.6,<0.13",  # nnx.to_pure_dict and nnx.List as used here; 0.13 may drop them

@@ -55,7 +55,7 @@ def decoding() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # one may be -1: all devices left
     config.replicate = ()  # logical axes not to split: "kv_heads", "vocab", ...
     config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
-    config.distributed = False  # call jax.distributed.initialize(): one process a host
+    config.distributed = False  # one of several processes, all started alike: README, Many hosts
 
     # The output.
     config.output_dir = ""

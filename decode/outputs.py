@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 import manifest
+import processes
 from proxy_jax.errors import InputError
 
 # Config fields that do not change a row's result, and may differ when a job is resumed.
@@ -31,7 +31,7 @@ class OutputFile:
       directory: created if need be.
       config: the resolved config, as a dict.
       inputs: digests of the files the job reads, compared when it is resumed.
-      write: False in processes that only follow: they read what is done and write nothing.
+      write: False only reads what is done.
 
     Attributes:
       done: rows that are already there.
@@ -64,8 +64,6 @@ class OutputFile:
         Raises:
           InputError: the disk is full or fails; the rows written before are kept.
         """
-        if not self._write:
-            return
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         try:
             rest = memoryview(lines.encode())
@@ -81,8 +79,6 @@ class OutputFile:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Puts the rows in the order of the prompts, and completes the manifest."""
-        if not self._write:
-            return
         self._file.seek(0)
         lines = sorted(self._file.read().splitlines(keepends=True), key=_row)
         self._content["runs"][-1] |= summary | {"seconds": round(time.time() - self._started, 1)}
@@ -134,21 +130,44 @@ class OutputFile:
         manifest.write(self.path.parent, self._content)
 
 
-def open_output(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> OutputFile:
-    """A job's file in every process: the first writes it, the others read what is done.
+class FollowedOutput:
+    """The output file in processes that do not write it.
+
+    Attributes:
+      path: of the file, where the first process sees it.
+      done: rows that were already there.
+    """
+
+    def __init__(self, path: Path, done: set[int]):
+        self.path = path
+        self.done = done
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """Leaves them to the first process."""
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Leaves it to the first process."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+def open_output(
+    directory: Path, config: dict[str, Any], inputs: dict[str, str]
+) -> OutputFile | FollowedOutput:
+    """The output file in a job of any number of processes: the first one writes it.
+
+    The others hear from the first what is done, and need not see the directory.
 
     Raises:
-      InputError: see OutputFile.
+      InputError: see `OutputFile`; also a process that was given another job than the first.
     """
-    if jax.process_count() == 1:
-        return OutputFile(directory, config, inputs)
-    first = jax.process_index() == 0
-    output = OutputFile(directory, config, inputs) if first else None
-    multihost_utils.sync_global_devices("output file opened")
-    output = output or OutputFile(directory, config, inputs, write=False)
-    # Nobody writes before everybody has read.
-    multihost_utils.sync_global_devices("output file read")
-    return output
+    processes.check_same(manifest.new(config, inputs))
+    if jax.process_index() == 0:
+        output = OutputFile(directory, config, inputs)
+        processes.from_first(sorted(output.done))
+        return output
+    return FollowedOutput(directory / "outputs.jsonl", set(processes.from_first(None)))
 
 
 def _row(line: bytes) -> int:

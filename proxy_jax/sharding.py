@@ -123,7 +123,7 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
     """A mesh over the first devices; one axis may be -1 and takes what the others leave.
 
     Raises:
-      InputError: an unknown axis, or more devices than there are.
+      InputError: an unknown axis, more devices than there are, or none of some process's.
     """
     unknown = set(shape) - set(MESH_AXES)
     if unknown:
@@ -135,10 +135,15 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
         if rest > 0 and devices % rest == 0:
             sizes[sizes.index(-1)] = devices // rest
     count = int(np.prod(sizes))
+    wanted = " x ".join(f"{axis}={shape.get(axis, 1)}" for axis in MESH_AXES)
     if min(sizes) < 1 or count > devices:
-        wanted = " x ".join(f"{axis}={shape.get(axis, 1)}" for axis in MESH_AXES)
         raise InputError(
             f"mesh {wanted} does not fit the {devices} {jax.default_backend()} devices"
+        )
+    if len({device.process_index for device in jax.devices()[:count]}) < jax.process_count():
+        raise InputError(
+            f"mesh {wanted} takes {count} of the {devices} devices, and of some of the "
+            f"{jax.process_count()} processes none; one axis may be -1, for all that are left"
         )
     return jax.make_mesh(
         tuple(sizes),

@@ -56,7 +56,7 @@ def main(config: ConfigDict) -> None:
     start = open_start(config)
     place = training_placement(config, start.model)
     (examples, _), _ = read_examples(config, start.tokenizer)
-    batch = next(iter(Batches(examples, make_batching(config, 1))))
+    batch = next(iter(Batches(examples, make_batching(config, place, 1))))
     peak = peak_flops(config.compute_dtype)
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.compute_dtype}, "

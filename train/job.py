@@ -117,16 +117,32 @@ def training_placement(config: ConfigDict, model: ModelConfig) -> Placement:
     return place
 
 
-def make_batching(config: ConfigDict, epochs: int) -> Batching:
+def share_of_batches(place: Placement) -> tuple[int, int]:
+    """Which of how many equal parts of a batch this process's devices hold.
+
+    Raises:
+      InputError: what they hold is no such part.
+    """
+    parts = place.split("batch")
+    cuts = place.sharding(("batch",)).addressable_devices_indices_map((parts,)).values()
+    held = sorted({cut[0].indices(parts)[0] for cut in cuts if cut})
+    index, count = held[0] // len(held), parts // len(held)
+    if held != [*range(index * len(held), (index + 1) * len(held))] or parts % len(held):
+        raise InputError(f"mesh: the parts {held} of {parts} of a batch do not lie side by side")
+    return index, count
+
+
+def make_batching(config: ConfigDict, place: Placement, epochs: int) -> Batching:
     """How the config's examples become batches of this process."""
+    index, count = share_of_batches(place)
     return Batching(
         batch_size=config.batch_size,
         length=config.max_length,
         seed=config.seed,
         epochs=epochs,
         packing=config.packing,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=index,
+        process_count=count,
     )
 
 

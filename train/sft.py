@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import launch
 import manifest
+import processes
 from proxy_jax.errors import InputError
 from proxy_jax.rows import local_path
 from train.checkpoint import Checkpoints, Preemption
@@ -65,7 +66,7 @@ def main(config: ConfigDict) -> None:
 
     # Data.
     (examples, counts), (held, held_counts) = read_examples(config, start.tokenizer)
-    batches = Batches(examples, make_batching(config, config.epochs))
+    batches = Batches(examples, make_batching(config, place, config.epochs))
     steps = len(batches)
     if jax.process_index() == 0:
         print(f"data: {counts}; {steps} steps")
@@ -77,7 +78,7 @@ def main(config: ConfigDict) -> None:
         with tqdm(desc="offsets", unit="token") as bar:
             show = functools.partial(show_tokens, bar)
             examples, held = add_offsets(config, directory, examples, held, place, show)
-        batches = Batches(examples, make_batching(config, config.epochs))
+        batches = Batches(examples, make_batching(config, place, config.epochs))
 
     # Model, optimizer, and the state of an earlier run.
     recipe = make_recipe(config, model, steps, place)
@@ -150,11 +151,13 @@ def open_run(config: ConfigDict) -> Path:
     """Begins or goes on with a run: its directory, with a manifest.
 
     Raises:
-      InputError: the directory holds a run of another config or other data.
+      InputError: the directory holds a run of another config or other data, or this process was
+        given another run than process 0.
     """
     directory = Path(config.output_dir).expanduser()
     data = local_path(config.data.path)
     new = manifest.new(config.to_dict(), {"data": manifest.digest(data)} if data.is_file() else {})
+    processes.check_same(new)
     old = manifest.read(directory)
     if old and (changed := manifest.changed(old, new, _FREE)):
         raise InputError(
@@ -182,7 +185,7 @@ def held_out_loss(
 ) -> float:
     """Mean negative log-likelihood of the held-out rows' trained tokens, nats."""
     total = count = 0.0
-    for batch in Batches(examples, make_batching(config, 1)):
+    for batch in Batches(examples, make_batching(config, recipe.place, 1)):
         batch.pop("lines")
         part, tokens = evaluate(recipe, trained, frozen, whole_batch(recipe.place, batch))
         total, count = total + float(part), count + float(tokens)

@@ -80,7 +80,7 @@ def sft() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})  # one may be -1
     config.replicate = ()  # logical axes not to split
     config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
-    config.distributed = False
+    config.distributed = False  # one of several processes, all started alike: README, Many hosts
 
     # What train.benchmark measures: so many steps, the compiled step's memory under each of these
     # remat policies, and ranks in place of lora.rank (0 is full fine-tuning). compare: "torch" for

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import manifest
+import processes
 from decode import job, memory
 from decode.evaluation.plan import Evaluation, Job, decoding_config
 from decode.generate import load_with_progress, record
@@ -78,11 +78,10 @@ def unfinished(evaluation: Evaluation) -> set[Path]:
     Raises:
       InputError: a directory has the output of another job.
     """
-    found = {one.directory for one in evaluation.jobs if one.waiting()}
-    if jax.process_count() > 1:
-        # Nobody writes before everybody has counted.
-        multihost_utils.sync_global_devices("completions counted")
-    return found
+    found = []
+    if jax.process_index() == 0:
+        found = [str(one.directory) for one in evaluation.jobs if one.waiting()]
+    return set(map(Path, processes.from_first(found)))
 
 
 def open_rows(

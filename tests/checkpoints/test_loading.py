@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from proxy_jax.checkpoints import loading
 from proxy_jax.checkpoints.loading import load_params, open_checkpoint
 from proxy_jax.checkpoints.names import tensors
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint, export
@@ -137,6 +138,18 @@ def test_each_device_reads_its_own_part(build, stacked):
             assert len(reads) <= 8, name
     of_one = reference.load(ONE, stacked=stacked)
     assert_same(params, of_one)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
+def test_a_piece_at_a_time(build, monkeypatch, stacked):
+    reference = build("llama_yarn_biases")
+    monkeypatch.setattr(loading, "_PIECE", 500)
+    checkpoint = Counting(reference.path)
+    params = load_params([checkpoint], reference.config, np.float32, EIGHT, stacked=stacked)
+    assert_same(params, reference.load(ONE, stacked=stacked))
+    # A head is not cut: [12, 48] of q_proj, which fsdp halves, is the smallest piece of it.
+    assert max(part.size for parts in checkpoint.reads.values() for part in parts) <= 12 * 48
+    assert len(checkpoint.reads["model.embed_tokens.weight"]) > 8
 
 
 def test_rules_decide_what_is_split(build):

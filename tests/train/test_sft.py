@@ -26,6 +26,7 @@ from proxy_jax.trio import ModelSpec, load_trio
 from tests import trios
 from train import sft
 
+EIGHT = ("mesh__data", "mesh__fsdp", "mesh__tensor")
 WORDS = ("apples", "models", "answer", "seven", "France", "large", "small")
 
 
@@ -74,9 +75,9 @@ def config_of(start, directory, **fields):
     return config
 
 
-def command_of(config, before=""):
+def command_of(config):
     script = (
-        f"{before}import json, sys; from configs.train.defaults import sft as defaults;"
+        "import json, sys; from configs.train.defaults import sft as defaults;"
         "from train import sft;"
         "config = defaults(); config.update(json.loads(sys.argv[1])); sft.main(config)"
     )
@@ -220,34 +221,87 @@ def test_goes_on_on_another_mesh(base, lora_run, tmp_path, monkeypatch):
         np.testing.assert_allclose(ours[key], theirs[key], atol=1e-4, err_msg=key)
 
 
-def test_two_processes(base, tmp_path):
-    """Two processes of four devices train as one process of eight."""
-    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
-    fields = {"batch_size": 4, "epochs": 1, "lora__rank": 2, **mesh}
-    sft.main(config_of(base, tmp_path / "one", **fields))
-    config = config_of(base, tmp_path / "two", **fields, distributed=True)
+def start_two(config, directory, devices):
+    """`python -m train.sft` as two processes of so many devices each."""
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
+    file = directory / "config.py"
+    file.write_text(
+        "from configs.train.defaults import sft\n\n\ndef get_config():\n    config = sft()\n"
+        f"    config.update({config.to_dict()!r})\n    return config\n"
+    )
     environment = {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
         "JAX_NUM_PROCESSES": "2",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    processes = [
+    return [
         subprocess.Popen(
-            command_of(config, "import launch; launch.join_processes(); "),
+            [sys.executable, "-m", "train.sft", f"--config={file}"],
+            cwd=Path(__file__).parents[2],
             env={**environment, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for index in range(2)
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert [b"merged weights" in output for output in outputs] == [True, False]
-    ours, theirs = (records(tmp_path / name) for name in ("two", "one"))
-    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def finish_two(processes):
+    ends = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert ["merged weights" in output for output, _ in ends] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def two(base, tmp_path_factory):
+    """A run of two processes of four devices, and its config."""
+    directory = tmp_path_factory.mktemp("two")
+    fields = {"batch_size": 4, "epochs": 1, "lora__rank": 2, "distributed": True}
+    config = config_of(base, directory / "run", **fields, **dict.fromkeys(EIGHT, 2))
+    finish_two(start_two(config, directory, 4))
+    return config
+
+
+def test_two_processes(base, two, tmp_path):
+    """Two processes of four devices train as one process of eight."""
+    config = two.copy_and_resolve_references()
+    config.output_dir = str(tmp_path)
+    sft.main(config)
+    assert records(Path(two.output_dir)) == pytest.approx(records(tmp_path), rel=1e-5)
+
+
+def test_two_processes_with_the_same_rows(base, two, tmp_path):
+    """What a process reads follows from the mesh: here its one device holds all rows."""
+    config = two.copy_and_resolve_references()
+    config.output_dir = str(tmp_path / "run")
+    config.mesh.update({"data": 1, "fsdp": 1, "tensor": 2})
+    finish_two(start_two(config, tmp_path, 1))
+    assert records(tmp_path / "run") == pytest.approx(records(Path(two.output_dir)), rel=1e-4)
+
+
+def test_a_lost_process_ends_the_run_which_goes_on(two, tmp_path):
+    config = two.copy_and_resolve_references()
+    config.output_dir = str(tmp_path / "run")
+    processes = start_two(config, tmp_path, 4)
+    while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")):
+        assert [process.poll() for process in processes] == [None, None]
+        time.sleep(0.01)
+    processes[1].kill()
+    _, errors = processes[0].communicate(timeout=240)
+    processes[1].communicate()
+    assert processes[0].returncode not in (0, 2), errors
+    assert "Traceback" not in errors
+    last = errors.strip().split("\n")[-1]
+    assert last.startswith("error: another process of the job is gone"), errors
+    assert not (tmp_path / "run" / "expert").exists()
+    finish_two(start_two(config, tmp_path, 4))
+    name = Path("expert") / "adapter" / "adapter_model.safetensors"
+    whole, resumed = Path(two.output_dir) / name, tmp_path / "run" / name
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 def test_from_random_weights(base, tmp_path):
