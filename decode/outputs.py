@@ -12,7 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
@@ -152,9 +152,10 @@ class FollowedOutput:
         """There is nothing to close."""
 
 
-def open_output(
-    directory: Path, config: dict[str, Any], inputs: dict[str, str]
-) -> OutputFile | FollowedOutput:
+Output: TypeAlias = OutputFile | FollowedOutput
+
+
+def open_output(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> Output:
     """The output file in a job of any number of processes: the first one writes it.
 
     The others hear from the first what is done, and need not see the directory.

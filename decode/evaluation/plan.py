@@ -23,7 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.defaults import decoding
-from decode.outputs import FollowedOutput, OutputFile, open_output
+from decode.outputs import Output, OutputFile, open_output
 from decode.requests import Schedule, as_schedule
 from decode.tasks import Example, Task, load_judge, load_task
 from proxy_jax.errors import InputError
@@ -114,7 +114,7 @@ class Job:
                 return self.completions
             raise
 
-    def open(self) -> OutputFile | FollowedOutput:
+    def open(self) -> Output:
         """The file, to write what is missing."""
         return open_output(self.directory, dict(self.settings), dict(self.inputs))
 

@@ -23,7 +23,7 @@ import processes
 from decode import job, memory
 from decode.evaluation.plan import Evaluation, Job, decoding_config
 from decode.generate import load_with_progress, record
-from decode.outputs import OutputFile
+from decode.outputs import Output
 from decode.requests import Options, Request, as_schedule
 from decode.scheduler import Generator, longest_contexts, make_requests
 from decode.score import Passage, Scorer, make_passages
@@ -144,7 +144,7 @@ def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
 
 
 def _decode_texts(
-    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, OutputFile]], bar: tqdm
+    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, Output]], bar: tqdm
 ) -> dict[str, Any]:
     """Decodes the jobs of a task in the same batches; returns figures of their common run."""
     generator = Generator(loaded, work.options)
@@ -176,7 +176,7 @@ def _decode_texts(
 
 
 def _decode_letters(
-    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, OutputFile]], bar: tqdm
+    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, Output]], bar: tqdm
 ) -> dict[str, Any]:
     """Scores the letters of every example, for all alphas in one pass of each model."""
     options, run = work.options, work.jobs[0].run

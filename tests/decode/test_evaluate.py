@@ -21,6 +21,7 @@ import configs.evaluate
 from configs.evaluate.defaults import evaluation
 from decode import evaluate, job
 from decode.evaluation import comparison, plan, run, scoring
+from decode.outputs import OutputFile
 from decode.tasks import TASKS
 from decode.tasks import gsm as gsm_task
 from proxy_jax.errors import InputError
@@ -223,7 +224,7 @@ def test_another_metric_is_scored_but_not_decoded(finished, loads_nothing, data,
 def test_interrupted_again_and_again(finished, llama, data, monkeypatch):
     """Each start ends at its 25th write, of whatever file; the end is that of one start."""
     config = evaluations.config_of(llama, data, *TASK_NAMES, output_dir=str(data / "again"))
-    append, replace = run.OutputFile.append, scoring.manifest.replace
+    append, replace = OutputFile.append, scoring.manifest.replace
     calls = []
 
     def stopping(function):
@@ -235,7 +236,7 @@ def test_interrupted_again_and_again(finished, llama, data, monkeypatch):
 
         return write
 
-    monkeypatch.setattr(run.OutputFile, "append", stopping(append))
+    monkeypatch.setattr(OutputFile, "append", stopping(append))
     monkeypatch.setattr(scoring.manifest, "replace", stopping(replace))
     starts = 0
     while True:
@@ -263,9 +264,9 @@ def test_more_examples_and_alphas_later(finished, llama, data, monkeypatch):
     found = evaluations.results(config)["tasks"]["gsm"]
     assert (found["examples"], found["available"], found["sweep"]["examples"]) == (3, 8, 3)
     written = []
-    append = run.OutputFile.append
+    append = OutputFile.append
     monkeypatch.setattr(
-        run.OutputFile,
+        OutputFile,
         "append",
         lambda self, some: [written.extend(some), append(self, some)],  # type: ignore[func-returns-value]
     )

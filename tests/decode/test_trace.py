@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from decode import Generator, Truncation, engine, generate
+from decode.outputs import OutputFile
 from decode.scheduler import longest_contexts, make_requests
 from decode.trace import ALTERNATIVES, Trace
 from proxy_jax.sharding import Placement, make_mesh
@@ -239,7 +240,7 @@ def test_rows_of_a_job(llama, tmp_path, traced, monkeypatch):
     assert [row["token_ids"] for row in rows] == tokens_of(traced)
 
     config = jobs.config_of(llama, tmp_path, trace=True)
-    append, written = generate.OutputFile.append, []
+    append, written = OutputFile.append, []
 
     def stop(self, records):
         append(self, records)
@@ -248,7 +249,7 @@ def test_rows_of_a_job(llama, tmp_path, traced, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate.OutputFile, "append", stop)
+        patch.setattr(OutputFile, "append", stop)
         with pytest.raises(KeyboardInterrupt):
             generate.main(config)
     assert 0 < len(jobs.outputs(config)) < len(PROMPTS)

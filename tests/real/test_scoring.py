@@ -24,7 +24,12 @@ def test_eleven_alphas_take_one_pass_of_each_model(smollm2_path, monkeypatch):
     pairs = [(f"Question: {row['question']}\nAnswer:", f" {row['answer']}") for row in rows]
     passages = make_passages(loaded.trio, pairs)
     hidden, passes = score.hidden, []
-    monkeypatch.setattr(score, "hidden", lambda *args: passes.append(args[1]) or hidden(*args))
+
+    def seen(*args):
+        passes.append(args[1])
+        return hidden(*args)
+
+    monkeypatch.setattr(score, "hidden", seen)
     alphas = {1: [1.0], 11: np.linspace(0.0, 2.0, 11).tolist()}
     found, counts, seconds = {}, {}, {}
     for count, some in alphas.items():
