@@ -27,7 +27,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Trio
 
-_SHORTEST_BUCKET = 32
+_SHORTEST_BUCKET = 8
 _COPIED_ROWS = 8  # at once; a copy holds so many rows of a cache a second time
 _CACHE_GRAIN = 128  # cache lengths are multiples of it, so that few programs are compiled
 
@@ -396,7 +396,7 @@ def prefill_rows(length: int, batch_size: int) -> int:
 
 
 def bucket(length: int) -> int:
-    """The padded length of a prompt: the next power of two, and at least 32."""
+    """The padded length of a prompt: the next power of two, and at least 8."""
     return max(_SHORTEST_BUCKET, 1 << (length - 1).bit_length())
 
 

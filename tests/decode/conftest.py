@@ -5,15 +5,18 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+from decode import scheduler
 from proxy_jax.trio import LoadedTrio
 from tests import trios
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles_of_all() -> Iterator[None]:
-    """Most of the time of these tests is compilation."""
+    """Most of the time of these tests is compilation: less effort, and fewer prefills."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "_SHORTEST_BUCKET", 32)
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from decode import Generator, engine
+from decode import Generator, engine, scheduler
 from decode.scheduler import longest_contexts, make_requests
 from proxy_jax.errors import InputError
 from tests import trios
@@ -175,6 +175,14 @@ def test_new_values_do_not_recompile(loaded):
     complete(loaded, sampling=trios.sampling(1.9, top_p=0.4), beta=0.5, seed=9)
     complete(loaded, PROMPTS[::-1], samples=2, **fields)
     assert compiled() == before
+
+
+def test_buckets(loaded, expected, monkeypatch):
+    """Shorter ones than the other tests have, as in earnest: padding changes nothing."""
+    monkeypatch.setattr(scheduler, "_SHORTEST_BUCKET", 8)
+    lengths = [1, 8, 9, 16, 17, 100, 128, 129]
+    assert [scheduler.bucket(n) for n in lengths] == [8, 8, 16, 16, 32, 128, 128, 256]
+    assert complete(loaded) == expected
 
 
 def test_one_prefill_a_bucket_and_pass(loaded):
