@@ -21,12 +21,15 @@ _CONFIG_ERRORS = (
 )  # fmt: skip
 
 
-def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
+def run(
+    main: Callable[[ConfigDict], None], *, xla_flags: str = "", catches_sigterm: bool = False
+) -> None:
     """Parses --config and runs main(config).
 
     Args:
       main: the program.
       xla_flags: for the compiler; those in $XLA_FLAGS come after them, and win.
+      catches_sigterm: main saves what it has when the machine is about to be taken away.
 
     An InputError, or a config that cannot be read, ends the program with one line and status 2;
     Ctrl-C with one word and status 130; the loss of another process of the job with one line and
@@ -49,16 +52,16 @@ def run(main: Callable[[ConfigDict], None], *, xla_flags: str = "") -> None:
                 raise InputError("--config=FILE is missing; see configs/ for examples")
             use_compilation_cache()
             if _distributed(config.value):
-                processes.join()
+                processes.join(catches_sigterm=catches_sigterm)
             main(config.value)
         except InputError as error:
             _fail(error)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            sys.exit(INTERRUPTED)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             if jax.distributed.is_initialized():
                 processes.fail(error)
+            if isinstance(error, KeyboardInterrupt):
+                print("interrupted", file=sys.stderr)
+                sys.exit(INTERRUPTED)
             raise
 
     app.run(entry, flags_parser=_parse)

@@ -34,7 +34,7 @@ _NO_ANSWER = re.compile(
 )
 
 
-def join() -> None:
+def join(*, catches_sigterm: bool) -> None:
     """Joins the job's other processes.
 
     TPU pods, Slurm and Open MPI say themselves who takes part. Elsewhere JAX_COORDINATOR_ADDRESS,
@@ -42,11 +42,16 @@ def join() -> None:
 
     If they do not all come within five minutes JAX ends this one; native_stderr says so.
 
+    Args:
+      catches_sigterm: JAX takes the signal and tells all processes of it, which is then theirs to
+        obey (multihost_utils.reached_preemption_sync_point); otherwise it ends this one.
+
     Raises:
       InputError: nothing says who takes part.
     """
     count, index = _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
     _filter_native_stderr()
+    jax.config.update("jax_enable_preemption_service", catches_sigterm)
     try:
         jax.distributed.initialize(
             num_processes=count,
@@ -87,7 +92,7 @@ def check_same(content: dict[str, Any]) -> None:
         raise InputError(f"this process was given another job than process 0 ({changed})")
 
 
-def fail(error: Exception) -> NoReturn:
+def fail(error: BaseException) -> NoReturn:
     """Ends this process for an error that is not the user's input: a lost process, or a bug."""
     if isinstance(error, jax.errors.JaxRuntimeError) and _NO_ANSWER.search(str(error)):
         reason = " ".join(str(error).split("\n")[0].split())

@@ -193,4 +193,4 @@ def held_out_loss(
 
 
 if __name__ == "__main__":
-    launch.run(main, xla_flags=XLA_FLAGS)
+    launch.run(main, xla_flags=XLA_FLAGS, catches_sigterm=True)

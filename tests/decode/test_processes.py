@@ -33,7 +33,7 @@ def start_both(config, *more_of_second):
 
 def last_line(process, status):
     """Waits for a process that fails, and has one line to say about it."""
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == status, errors
     assert "Traceback" not in errors
     assert "stack trace" not in errors
@@ -49,7 +49,7 @@ def together(llama, tmp_path_factory):
     config = jobs.config_of(llama, directory, **FIELDS)
     # The second sees another file system.
     processes = start_both(config, f"--config.output_dir={directory / 'elsewhere'}")
-    ends = [process.communicate(timeout=240) for process in processes]
+    ends = [process.communicate(timeout=600) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
     assert not (directory / "elsewhere").exists()
     return config, ends
@@ -73,7 +73,7 @@ def test_a_lost_process_ends_the_job_which_goes_on(together, llama, tmp_path):
             time.sleep(0.005)
         processes[lost].kill()
         killed = time.monotonic()
-        _, errors = processes[1 - lost].communicate(timeout=120)
+        _, errors = processes[1 - lost].communicate(timeout=300)
         assert time.monotonic() - killed < 30
         assert processes[1 - lost].returncode not in (0, 2), errors
         processes[lost].communicate()
@@ -84,7 +84,7 @@ def test_a_lost_process_ends_the_job_which_goes_on(together, llama, tmp_path):
         assert lines[0].startswith("error: another process of the job is gone")
         done = output.read_bytes().count(b"\n")
         assert 0 < done < 8
-    ends = [process.communicate(timeout=240) for process in start_both(config)]
+    ends = [process.communicate(timeout=600) for process in start_both(config)]
     assert "8 rows in" in ends[0][0], ends
     whole = Path(together[0].output_dir) / "outputs.jsonl"
     assert output.read_bytes() == whole.read_bytes()
