@@ -32,6 +32,7 @@ setup(
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
         "numpy>=2",
+        "scipy>=1.13",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -56,7 +56,7 @@ def _figures(records: Sequence[Record]) -> str:
         (
             f"{100 * share.value:.1f} %",
             f"of tokens where the tuning changes M's first choice ({100 * share.low:.0f} to "
-            f"{100 * share.high:.0f} %)",
+            f"{100 * share.high:.0f}&nbsp;%)",
         ),
         (f"{means['kl']:.2f}", "nats, mean KL(proxy ‖ M)"),
     ]
