@@ -21,6 +21,14 @@ from tests.models import families
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Compiled programs are forgotten with their module: a process may map only so many pages of
+    code (vm.max_map_count), and the compiler crashes beyond."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct; downloaded if it is absent."""
