@@ -179,8 +179,7 @@ def test_products_of_bfloat16_are_float32(reference):
         params, reference.tokens, POSITIONS, cache
     )
     dots = [eqn for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
-    # q k v scores values o gate up down; the head, which is multiplied in two ways if it is tied, by
-    # backend.
+    # q k v scores values o gate up down; the head, if it is tied in one of two ways, by backend.
     assert len(dots) == 9 * config.num_layers + (2 if config.tied_head else 1)
     for dot in dots:
         assert {operand.aval.dtype for operand in dot.invars} == {jnp.dtype(jnp.bfloat16)}, dot
