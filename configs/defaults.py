@@ -57,6 +57,10 @@ def decoding() -> ConfigDict:
     config.layers = "auto"  # scanned on TPU and GPU, unrolled on CPU; or say which
     config.distributed = False  # one of several processes, all started alike: README, Many hosts
 
+    # decode.compile_check: a TPU slice ("v5e:4x4") that need not be there, and slots a row.
+    config.topology = ""
+    config.context = 4096
+
     # The output.
     config.output_dir = ""
     config.save_token_ids = False

@@ -10,4 +10,5 @@ def get_config():
     config = llama2_13b_task.get_config()
     config.base.path = "meta-llama/Llama-2-70b-hf"
     config.mesh.tensor = 8  # its 8 kv heads
+    config.mesh.fsdp = -1  # devices beyond 8 split the model width
     return config

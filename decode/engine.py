@@ -31,10 +31,8 @@ from proxy_jax.combine import combine
 from proxy_jax.models.cache import KVCache, insert, take
 from proxy_jax.models.decoder import Params, apply
 from proxy_jax.models.lora import role_axes
-from proxy_jax.sharding import Placement
+from proxy_jax.sharding import Axes, Placement
 from proxy_jax.trio import LoadedTrio, Pass
-
-_CACHE_AXES = ("batch", "kv_heads", None, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +127,10 @@ def prefill(
     with jax.named_scope("prefill"):
         _, rows = _forward(program, one, params, rows, tokens)
     if len(one.roles) == 1:
-        return _pin_cache(program, insert(cache, _with_lengths(rows, lengths[0]), slots))
-    inserted = jax.vmap(insert, in_axes=(0, 0, None))(cache, _with_lengths(rows, lengths), slots)
-    return _pin_cache(program, inserted)
+        rows = _with_lengths(rows, lengths[0])
+        return _pin_cache(program, insert(cache, rows, slots, program.place))
+    rows = _with_lengths(rows, lengths)
+    return _pin_cache(program, _insert_both(program, cache, rows, slots))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -151,16 +150,18 @@ def copy(
       sources, slots: [P] int32, from where to where; B drops the copy.
     """
     if len(lengths) == 1:
-        return _pin_cache(program, insert(cache, take(cache, sources, lengths[0]), slots))
-    rows = jax.vmap(take, in_axes=(0, None, 0))(cache, sources, lengths)
-    return _pin_cache(program, jax.vmap(insert, in_axes=(0, 0, None))(cache, rows, slots))
+        rows = take(cache, sources, lengths[0])
+        return _pin_cache(program, insert(cache, rows, slots, program.place))
+    by_role = _by_role(program)
+    rows = jax.vmap(take, (by_role, None, 0), by_role)(cache, sources, lengths)
+    return _pin_cache(program, _insert_both(program, cache, rows, slots))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def admit(program: Program, state: DecodeState, rows: Rows, slots: jax.Array) -> DecodeState:
+def admit(program: Program, rows: Rows, new: Rows, slots: jax.Array) -> Rows:
     """Sets slots to new requests, or to idle rows; slots [n] of B or more are dropped."""
     put = lambda whole, new: whole.at[slots].set(new, mode="drop")  # noqa: E731
-    return _pin(program, dataclasses.replace(state, rows=jax.tree.map(put, state.rows, rows)))
+    return jax.tree.map(lambda x: _replicate(program, x), jax.tree.map(put, rows, new))
 
 
 def step(
@@ -263,8 +264,8 @@ def _forward(
     if len(one.roles) == 1:
         logits, cache = run(params, cache, tokens[0])
         return logits[None], cache
-    axes = role_axes(params) if one.shared else 0
-    return jax.vmap(run, in_axes=(axes, 0, 0))(params, cache, tokens)
+    axes, by_role = role_axes(params) if one.shared else 0, _by_role(program)
+    return jax.vmap(run, (axes, by_role, 0), (0, by_role))(params, cache, tokens)
 
 
 def _combined(logits: Mapping[str, jax.Array], rows: Rows, settings: Settings) -> jax.Array:
@@ -330,20 +331,36 @@ def _empty_cache(program: Program, one: Pass, batch: int, slots: int) -> KVCache
         one.config, batch, slots, jnp.dtype(one.dtype), stacked=program.stacked_layers
     )
     if len(one.roles) > 1:
-        cache = jax.tree.map(lambda x: jnp.stack([x] * len(one.roles)), cache)
+        both = lambda cache: cache  # noqa: E731
+        cache = jax.vmap(both, None, _by_role(program), axis_size=len(one.roles))(cache)
     return _pin_cache(program, cache)
+
+
+def _by_role(program: Program) -> KVCache:
+    """Which axis of a pass's cache is the role's: a loop over layers wants the layers first."""
+    axis: Any = 1 if program.stacked_layers else 0
+    return KVCache(axis, axis, 0)  # type: ignore[arg-type]
+
+
+def _insert_both(program: Program, cache: KVCache, rows: KVCache, slots: jax.Array) -> KVCache:
+    """`insert` for the roles of a pass."""
+    by_role = _by_role(program)
+    put = functools.partial(insert, place=program.place)
+    return jax.vmap(put, (by_role, by_role, None), by_role)(cache, rows, slots)
 
 
 def _pin_cache(program: Program, cache: KVCache) -> KVCache:
     """Keeps a cache where it lies, so that every call meets the same compiled program."""
 
-    def pin(x: jax.Array) -> jax.Array:
-        axes = (
-            (None,) * (x.ndim - len(_CACHE_AXES)) + _CACHE_AXES if x.ndim > 2 else (None,) * x.ndim
-        )
-        return program.place.constrain(x, axes)
+    return jax.tree.map(lambda x: program.place.constrain(x, _cache_axes(program.place, x)), cache)
 
-    return jax.tree.map(pin, cache)
+
+def _cache_axes(place: Placement, x: jax.Array) -> Axes:
+    """Logical axes of an array of a KVCache: keys or values [..., B, K, S, H], or lengths."""
+    if x.ndim < 4:
+        return (None,) * x.ndim
+    rows = place.attention_rows(x.shape[-4])
+    return (*(None,) * (x.ndim - 4), rows, "kv_heads", None, None)
 
 
 def _split_rows(program: Program, trace: Trace) -> Trace:
@@ -351,6 +368,13 @@ def _split_rows(program: Program, trace: Trace) -> Trace:
     return jax.tree.map(
         lambda x: program.place.constrain(x, ("batch", *[None] * (x.ndim - 1))), trace
     )
+
+
+def state_shardings(program: Program, state: DecodeState) -> DecodeState:
+    """Where each array of a state lies on the mesh."""
+    place = program.place
+    caches = jax.tree.map(lambda x: place.sharding(_cache_axes(place, x)), state.caches)
+    return DecodeState(caches, jax.tree.map(lambda x: place.sharding(()), state.rows))
 
 
 def _pin(program: Program, state: DecodeState) -> DecodeState:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from decode.requests import Options, Request, as_schedule
@@ -102,8 +104,12 @@ def options(config: ConfigDict) -> Options:
     )
 
 
-def placement(config: ConfigDict) -> Placement:
+def placement(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Placement:
     """The mesh and rules of the config.
+
+    Args:
+      config: the job's.
+      devices: those of the mesh, by default all there are.
 
     Raises:
       InputError: a mesh that does not fit the devices, or an unknown logical axis.
@@ -114,7 +120,7 @@ def placement(config: ConfigDict) -> Placement:
             f"replicate: {sorted(unknown)[0]!r} is not one of {', '.join(sorted(known))}"
         )
     rules = ShardingRules(**dict.fromkeys(config.replicate))
-    return Placement(make_mesh(config.mesh.to_dict()), rules)
+    return Placement(make_mesh(config.mesh.to_dict(), devices), rules)
 
 
 def stacked_layers(config: ConfigDict) -> bool | None:

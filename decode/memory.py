@@ -81,7 +81,7 @@ def estimate(
       new_tokens: most new tokens a row.
     """
     weights, caches, logits, prefill, loaded = {}, {}, 0, 0, set()
-    rows = batch / place.split("batch")
+    rows, cached = (batch / place.split(axis) for axis in ("batch", place.attention_rows(batch)))
     for one in passes:
         config, itemsize = one.config, jnp.dtype(one.dtype).itemsize
         held = weight_bytes(one, place)
@@ -90,11 +90,11 @@ def estimate(
         for role in one.roles:
             there = trio.tree_key(one) in loaded or (one.shared and role != one.roles[0])
             weights[role] = 0 if there else held
-            caches[role] = int(rows * cache_slots(one, contexts) * token)
+            caches[role] = int(cached * cache_slots(one, contexts) * token)
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))
         length = bucket(max(contexts[role] for role in one.roles) - new_tokens)
-        prompts = max(1, prefill_rows(length, batch) // place.split("batch")) * len(one.roles)
+        prompts = prefill_rows(length, batch, place) // place.split("batch") * len(one.roles)
         heads = config.num_heads // place.split("heads")
         # Scores and their softmax.
         prefill = max(prefill, 2 * prompts * heads * length * length * 4)

@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode import engine
+from decode.layouts import bind
 from decode.processors import make_processors
 from decode.requests import Completion, FinishReason, Options, Request, Schedule, as_schedule
 from decode.state import DecodeState, Rows
 from decode.text import Detokenizer
 from decode.trace import Trace, joined, of_slot
 from proxy_jax.errors import InputError
+from proxy_jax.sharding import Placement
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Trio
 
@@ -115,9 +117,7 @@ class Generator:
                 for i, request in arrivals.items():
                     prompt = request.ids["base"]
                     slots[i] = _Slot(request, Detokenizer(self.loaded.trio.tokenizer, prompt))
-            state, seen = engine.chunk(
-                self.program, self.loaded.params, state, self.settings, self.options.chunk_steps
-            )
+            state, seen = self.chunk(state)
             seen = jax.device_get(seen)
             finished = self._advance(slots, seen)
             # A row that met a stop string is still active on the device.
@@ -126,6 +126,10 @@ class Generator:
                 state = self._set_rows(state, dict.fromkeys(halted), pieces)
             yield list(finished.values())
             self._refuse_broken(slots, seen)
+
+    def chunk(self, state: DecodeState) -> tuple[DecodeState, dict[str, Any]]:
+        """Decodes a chunk; see engine.chunk. The state, of `new_state`, is donated."""
+        return self._engine.chunk(state)
 
     def _advance(self, slots: list[_Slot | None], seen: Mapping[str, Any]) -> dict[int, Completion]:
         """Hands a chunk's tokens to their slots, and empties those that are done."""
@@ -184,9 +188,19 @@ class Generator:
           contexts: by role, the longest context of the job.
           pieces: the most pieces of an alpha schedule.
         """
+        sizes, idle = self.batch_shape(contexts, pieces)
+        self._engine = bind(
+            self.program, self.loaded, self.settings, sizes, self.options.batch_size, idle,
+            self.options.chunk_steps,
+        )  # fmt: skip
+        return self._engine.new_state(idle)
+
+    def batch_shape(
+        self, contexts: Mapping[str, int], pieces: int = 1
+    ) -> tuple[tuple[int, ...], Rows]:
+        """Cache slots a row of each pass, and an idle row; arguments as in `new_state`."""
         sizes = tuple(cache_slots(one, contexts) for one in self.program.passes)
-        idle = self._rows([None], pieces)
-        return engine.new_state(self.program, sizes, self.options.batch_size, idle)
+        return sizes, self._rows([None], pieces)
 
     def admit(
         self,
@@ -227,10 +241,7 @@ class Generator:
                         prompt = arrivals[slot].ids[role][:-1]
                         tokens[r, p, : len(prompt)] = prompt
                         lengths[r, p] = len(prompt)
-                caches[index] = engine.prefill(
-                    self.program, index, self.loaded.params[index], caches[index],
-                    tokens, lengths, slots,
-                )  # fmt: skip
+                caches[index] = self._engine.prefill(index, caches[index], tokens, lengths, slots)
             for first in range(0, len(copies), _COPIED_ROWS):
                 targets = list(copies)[first : first + _COPIED_ROWS]
                 sources = np.zeros(_COPIED_ROWS, np.int32)
@@ -239,7 +250,7 @@ class Generator:
                 for p, slot in enumerate(targets):
                     sources[p], slots[p] = copies[slot], slot
                     lengths[:, p] = [len(arrivals[slot].ids[role]) - 1 for role in one.roles]
-                caches[index] = engine.copy(self.program, caches[index], lengths, sources, slots)
+                caches[index] = self._engine.copy(index, caches[index], lengths, sources, slots)
         state = dataclasses.replace(state, caches=tuple(caches))
         return self._set_rows(state, arrivals, pieces)
 
@@ -255,10 +266,8 @@ class Generator:
         for slot, request in arrivals.items():
             longest = max(len(request.ids[role]) - 1 for role in roles)
             buckets[min(bucket(longest), longest_bucket)].append(slot)
-        parts = self.loaded.place.split("batch")
         for length, members in sorted(buckets.items()):
-            count = prefill_rows(length, self.options.batch_size)
-            count = -(-count // parts) * parts
+            count = prefill_rows(length, self.options.batch_size, self.loaded.place)
             for first in range(0, len(members), count):
                 group: list[int | None] = list(members[first : first + count])
                 yield length, group + [None] * (count - len(group))
@@ -269,9 +278,8 @@ class Generator:
         # Always as many rows as slots, so that there is one compiled program.
         missing = self.options.batch_size - len(rows)
         slots = np.asarray([*rows, *[self.options.batch_size] * missing], np.int32)
-        return engine.admit(
-            self.program, state, self._rows([*rows.values(), *[None] * missing], pieces), slots
-        )
+        new = self._rows([*rows.values(), *[None] * missing], pieces)
+        return dataclasses.replace(state, rows=self._engine.admit(state.rows, new, slots))
 
     def _rows(self, requests: Sequence[Request | None], pieces: int) -> Rows:
         """The engine's view of requests; None is an idle slot."""
@@ -385,14 +393,15 @@ def cache_slots(one: Pass, contexts: Mapping[str, int]) -> int:
     return -(-max(contexts[role] for role in one.roles) // _CACHE_GRAIN) * _CACHE_GRAIN
 
 
-def prefill_rows(length: int, batch_size: int) -> int:
+def prefill_rows(length: int, batch_size: int, place: Placement) -> int:
     """Prompts of a bucket that are prefilled together.
 
     Enough to use the device: a CPU is busy with 128 tokens; on accelerators reading the weights
     takes as long as about a thousand tokens do.
     """
-    tokens = 128 if jax.default_backend() == "cpu" else 1024
-    return max(1, min(tokens // length, batch_size))
+    tokens = 128 if place.platform == "cpu" else 1024
+    parts = place.split("batch")
+    return -(-max(1, min(tokens // length, batch_size)) // parts) * parts
 
 
 def bucket(length: int) -> int:

@@ -52,7 +52,8 @@ class DecodeState:
     """The running batch.
 
     Attributes:
-      caches: one KVCache a pass; of two stacked roles, with a leading axis of 2.
+      caches: one KVCache a pass; that of two roles has an axis of 2 for them, after the layers' if
+        these are stacked.
       rows: the slots.
     """
 

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from decode import engine
 from decode.requests import Options, Request, as_schedule
 from decode.scheduler import Generator, longest_contexts
 from proxy_jax.trio import LoadedTrio, Trio
@@ -99,9 +98,7 @@ def measure(
         prefilled = time.perf_counter()
         active = True
         while active:
-            state, seen = engine.chunk(
-                generator.program, loaded.params, state, generator.settings, options.chunk_steps
-            )
+            state, seen = generator.chunk(state)
             active = bool(jax.device_get(seen)["active"].any())
         if repeat:
             times.prefill.append(prefilled - started)
@@ -123,7 +120,7 @@ def step_bytes(loaded: LoadedTrio, case: Case) -> int:
         config, place = one.config, loaded.place
         slot = 2 * config.num_layers * config.num_kv_heads * config.head_dim
         slots = len(one.roles) * case.batch * (case.prompt + case.output / 2)
-        parts = place.split("batch") * place.split("kv_heads")
+        parts = place.split(place.attention_rows(case.batch)) * place.split("kv_heads")
         total += slots * slot * jnp.dtype(one.dtype).itemsize / parts
     return int(total)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,10 +23,12 @@ class ShardingRules:
 
     The defaults are for decoding: weights stay where they are and only activations move. The
     model width of weights and activations is split over fsdp, so that a product with a weight
-    ends in a sum over fsdp and never in gathering the weight.
+    ends in a sum over fsdp and never in gathering the weight. Attention has no model width; there
+    fsdp splits the rows, and with them the caches.
     """
 
     batch: str | tuple[str, ...] | None = "data"
+    attention_batch: str | tuple[str, ...] | None = ("data", "fsdp")
     embed: str | tuple[str, ...] | None = "fsdp"
     act_embed: str | tuple[str, ...] | None = "fsdp"
     heads: str | tuple[str, ...] | None = "tensor"
@@ -60,6 +62,18 @@ class Placement:
         """The sharding of an array with these logical axes."""
         assert self.mesh is not None
         return NamedSharding(self.mesh, self.rules.spec(axes))
+
+    @property
+    def platform(self) -> str:
+        """What the devices are: "cpu", "gpu" or "tpu"."""
+        if self.mesh is None:
+            return jax.default_backend()
+        platform = self.mesh.devices.flat[0].platform
+        return "gpu" if platform in ("cuda", "rocm") else platform
+
+    def attention_rows(self, rows: int) -> str:
+        """The logical axis of rows in attention: the other layers' if they do not divide."""
+        return "batch" if rows % self.split("attention_batch") else "attention_batch"
 
     def constrain(self, x: jax.Array, axes: Axes) -> jax.Array:
         """Tells the compiler where an activation lies; the identity without a mesh."""
@@ -119,8 +133,12 @@ def is_axes(leaf: Any) -> bool:
     return isinstance(leaf, tuple) and all(a is None or isinstance(a, str) for a in leaf)
 
 
-def make_mesh(shape: Mapping[str, int]) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over the first devices; one axis may be -1 and takes what the others leave.
+
+    Args:
+      shape: size of each axis; 1 where absent.
+      devices: those to choose from, by default all there are.
 
     Raises:
       InputError: an unknown axis, more devices than there are, or none of some process's.
@@ -129,25 +147,30 @@ def make_mesh(shape: Mapping[str, int]) -> Mesh:
     if unknown:
         raise InputError(f"mesh axis {sorted(unknown)[0]!r} is unknown; axes are {MESH_AXES}")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
     if sizes.count(-1) == 1:
         rest = -int(np.prod(sizes))
-        if rest > 0 and devices % rest == 0:
-            sizes[sizes.index(-1)] = devices // rest
+        if rest > 0 and len(devices) % rest == 0:
+            sizes[sizes.index(-1)] = len(devices) // rest
     count = int(np.prod(sizes))
     wanted = " x ".join(f"{axis}={shape.get(axis, 1)}" for axis in MESH_AXES)
-    if min(sizes) < 1 or count > devices:
+    if min(sizes) < 1 or count > len(devices):
         raise InputError(
-            f"mesh {wanted} does not fit the {devices} {jax.default_backend()} devices"
+            f"mesh {wanted} does not fit the {len(devices)} {devices[0].platform} devices"
         )
-    if len({device.process_index for device in jax.devices()[:count]}) < jax.process_count():
+    if len({device.process_index for device in devices[:count]}) < jax.process_count():
         raise InputError(
-            f"mesh {wanted} takes {count} of the {devices} devices, and of some of the "
+            f"mesh {wanted} takes {count} of the {len(devices)} devices, and of some of the "
             f"{jax.process_count()} processes none; one axis may be -1, for all that are left"
         )
-    return jax.make_mesh(
-        tuple(sizes),
-        MESH_AXES,
-        axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:count],
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes),
+            MESH_AXES,
+            axis_types=(AxisType.Auto,) * 3,
+            devices=devices[:count],
+        )
+    except AssertionError as error:  # on TPU they must be a rectangle
+        raise InputError(
+            f"mesh {wanted}: {count} of the {len(devices)} devices are no slice by themselves"
+        ) from error

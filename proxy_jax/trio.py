@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from proxy_jax.checkpoints.adapters import read_adapter, with_adapter
 from proxy_jax.checkpoints.loading import (
     Checkpoint,
@@ -321,7 +319,7 @@ def load_trio(
     place = place or Placement(make_mesh({"data": 1}))
     trio.check_placement(place)
     if stacked_layers is None:
-        stacked_layers = jax.default_backend() != "cpu"
+        stacked_layers = place.platform != "cpu"
     passes = trio.passes(plan)
     loaded: dict[Any, Params] = {}
     params = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +92,33 @@ def add_offsets(
         trio,
         directory / "offsets",
         place,
-        stacked_layers=stacked_layers(config),
+        stacked_layers=stacked_layers(config, place),
         progress=progress,
     )
     return both[: len(examples)], both[len(examples) :]
 
 
-def stacked_layers(config: ConfigDict) -> bool:
+def stacked_layers(config: ConfigDict, place: Placement) -> bool:
     """Whether layers are scanned."""
-    known = {"auto": jax.default_backend() != "cpu", "scanned": True, "unrolled": False}
+    known = {"auto": place.platform != "cpu", "scanned": True, "unrolled": False}
     return known[config.layers]
 
 
-def training_placement(config: ConfigDict, model: ModelConfig) -> Placement:
+def training_placement(
+    config: ConfigDict, model: ModelConfig, devices: Sequence[jax.Device] | None = None
+) -> Placement:
     """The mesh, and the rules of training.
+
+    Args:
+      config: the job's.
+      model: the architecture.
+      devices: those of the mesh, by default all there are.
 
     Raises:
       InputError: a mesh that does not fit the devices, or does not divide the model or the batch.
     """
     rules = dataclasses.replace(TRAINING, **dict.fromkeys(config.replicate))
-    place = Placement(make_mesh(config.mesh.to_dict()), rules)
+    place = Placement(make_mesh(config.mesh.to_dict(), devices), rules)
     place.check(model, "base")
     place.check_divides("batch", config.batch_size // config.accumulate, "rows of a micro-batch")
     return place
@@ -191,7 +198,7 @@ def initial_state(
     key, adapter_key, weights_key = jax.random.split(jax.random.key(config.seed), 3)
     # What is trained stays float32; what is not is only computed with.
     dtype = config.compute_dtype if config.lora.rank else "float32"
-    stacked = stacked_layers(config)
+    stacked = stacked_layers(config, recipe.place)
     params = start.params(dtype, recipe.place, weights_key, stacked=stacked)
     if not config.lora.rank:
         # The step writes new parameters over the old ones, which it cannot where a CPU device has

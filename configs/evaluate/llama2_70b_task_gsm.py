@@ -11,5 +11,6 @@ def get_config():
     config.base.path = "meta-llama/Llama-2-70b-hf"
     config.tuned.path = "runs/llama2_70b_gsm"
     config.mesh.tensor = 8  # its 8 kv heads
+    config.mesh.fsdp = -1  # devices beyond 8 split the model width
     config.output_dir = "runs/evaluate/llama2_70b_task_gsm"
     return config

@@ -89,6 +89,9 @@ def sft() -> ConfigDict:
         {"steps": 5, "remat": ("none", "dots", "full"), "ranks": (), "compare": ""}
     )
 
+    # train.compile_check: a TPU slice ("v5e:4x4") that need not be there.
+    config.topology = ""
+
     # The output: checkpoints, metrics.jsonl, loss.png, and the expert as a Hugging Face directory.
     config.output_dir = ""
     config.export_dtype = "bfloat16"

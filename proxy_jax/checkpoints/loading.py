@@ -18,9 +18,15 @@ from proxy_jax.checkpoints.native import NativeCheckpoint, find_run
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.decoder import Params, logical_axes
-from proxy_jax.models.quantized import INPUTS, Quantized, quantise
-from proxy_jax.sharding import Axes, Placement
+from proxy_jax.models.decoder import Params, abstract_params, logical_axes
+from proxy_jax.models.quantized import (
+    INPUTS,
+    Quantized,
+    quantise,
+    quantized_axes,
+    quantized_shapes,
+)
+from proxy_jax.sharding import Axes, Placement, is_axes
 
 Progress = Callable[[int], object]
 Keys: TypeAlias = tuple[str | int, ...]
@@ -207,6 +213,38 @@ def load_params(
     if stacked:
         axes = {**axes, "layers": axes["layers"][0]}
     return _map_axes(load, axes)
+
+
+def param_shapes(
+    config: ModelConfig,
+    dtype: Any,
+    place: Placement,
+    *,
+    stacked: bool,
+    copies: int = 1,
+    quantize: str = "",
+) -> Params:
+    """What `load_params` gives for so many checkpoints, as jax.ShapeDtypeStructs with shardings."""
+    lead = (copies,) if copies > 1 else ()
+    axes = logical_axes(config)
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), abstract_params(config)
+    )
+    if quantize:
+        whole, axes = quantized_shapes(whole), quantized_axes(axes)
+
+    def shape(names: Axes, leaf: Any, lead: Shape) -> Any:
+        sharding = place.sharding((None,) * len(lead) + names)
+        return jax.ShapeDtypeStruct(lead + leaf.shape, leaf.dtype, sharding=sharding)
+
+    def shapes(axes: Any, leaves: Any, lead: Shape) -> Any:
+        return jax.tree.map(lambda a, x: shape(a, x, lead), axes, leaves, is_leaf=is_axes)
+
+    rest = {name: shapes(axes[name], whole[name], lead) for name in whole if name != "layers"}
+    if stacked:
+        one = shapes(axes["layers"][0], whole["layers"][0], (*lead, config.num_layers))
+        return {**rest, "layers": one}
+    return {**rest, "layers": shapes(axes["layers"], whole["layers"], lead)}
 
 
 def check_tensors(checkpoint: Checkpoint, table: list[Tensor], *, tied: bool) -> None:

@@ -21,9 +21,10 @@ import numpy as np
 from flax import nnx
 
 from proxy_jax.models import lora
-from proxy_jax.models.cache import KVCache
+from proxy_jax.models.attention import softcap
+from proxy_jax.models.cache import KVCache, write_layers
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm, softcap
+from proxy_jax.models.layers import NO_WINDOW, Block, norm_weight, param, rms_norm
 from proxy_jax.models.moving import move
 from proxy_jax.sharding import LOCAL, Placement
 
@@ -167,30 +168,42 @@ def _run_layers(
 ) -> tuple[jax.Array, KVCache | None]:
     length = x.shape[1]
     slots = length if cache is None else jax.tree.leaves(cache.keys)[0].shape[-2]
-    index = jnp.arange(length)[None] if cache is None else positions
-    # How many slots back each key lies: [B or 1, T, S].
-    distance = index[:, :, None] - jnp.arange(slots)[None, None, :]
+    # A cache with as many slots as there are tokens holds nothing before them.
+    held = None if slots == length else cache
+    written = held is not None and isinstance(layers, tuple)
+    index = jnp.arange(length)[None] if held is None else positions
+    if held is None:
+        places = index
+    else:
+        places = jnp.arange(slots)[None]
+        if not written:  # stale slots lie ahead of every token
+            places = jnp.where(places < positions[:, :1], places, NO_WINDOW)
+            places = jnp.concatenate([places, positions], axis=1)
+    # How many positions back each key lies: [B or 1, T, S].
+    distance = index[:, :, None] - places[:, None, :]
     visible = distance >= 0
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
     cos, sin = _rope_angles(config, positions)
     block = _block_graph(config)
+    start = positions[:, 0] if written else None
 
     @remat
     def run(layer, x, kv, window, angles):
         mask = visible & (distance < window)
-        return nnx.merge(block, layer)(x, angles, mask, kv, positions[:, 0], place)
+        x, kv = nnx.merge(block, layer)(x, angles, mask, segments, kv, start, place)
+        return x, None if cache is None else kv
 
     if isinstance(layers, tuple):
-        written = []
+        kept = []
         for i, layer in enumerate(layers):
-            kv = None if cache is None else (cache.keys[i], cache.values[i])
+            kv = None if held is None else (held.keys[i], held.values[i])
             window, kind = config.layer_windows[i] or NO_WINDOW, config.layer_ropes[i]
             x, kv = run(layer, x, kv, window, (cos[kind], sin[kind]))
-            written.append(kv)
+            kept.append(kv)
         if cache is None:
             return x, None
-        keys, values = zip(*written, strict=True)
+        keys, values = zip(*kept, strict=True)
         return x, KVCache(keys, values, cache.lengths)
 
     windows = jnp.asarray([w or NO_WINDOW for w in config.layer_windows], jnp.int32)
@@ -200,11 +213,16 @@ def _run_layers(
         layer, kv, window, kind = scanned
         return run(layer, x, kv, window, (cos[kind], sin[kind]))
 
-    kvs = None if cache is None else (cache.keys, cache.values)
-    x, out = jax.lax.scan(body, x, (layers, kvs, windows, kinds))
-    if cache is None or out is None:
+    # The loop only reads the cache, and what is new is written when it is over: a loop that wrote
+    # would copy every layer's part out of the stack and back.
+    old: Any = None if held is None else (held.keys, held.values)
+    x, new = jax.lax.scan(body, x, (layers, old, windows, kinds))
+    if cache is None or new is None:
         return x, None
-    return x, KVCache(out[0], out[1], cache.lengths)
+    if old is not None:
+        first = positions[:, 0]
+        new = [write_layers(*both, first, place) for both in zip(old, new, strict=True)]
+    return x, KVCache(new[0], new[1], cache.lengths)
 
 
 def _rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,8 +16,8 @@ from flax import nnx
 
 from proxy_jax.models import cache as kv
 from proxy_jax.models import lora
+from proxy_jax.models.attention import attend, attend_beside, attend_fresh
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.einsum import einsum
 from proxy_jax.sharding import Placement
 
 NO_WINDOW = 2**30  # more positions back than any context has
@@ -59,11 +59,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     return (full * over_last(scale, x)).astype(x.dtype)
 
 
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """Squashes into (-cap, cap); the identity for None."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Applies RoPE, pairing dimension i with i + H/2 (Hugging Face's layout).
 
@@ -75,28 +70,6 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def attend(
-    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, config: ModelConfig
-) -> jax.Array:
-    """Grouped-query attention.
-
-    Args:
-      q: [B, T, N, H]; keys, values: [B, K, S, H]; mask: [B, T, S] bool, True where visible.
-
-    Returns:
-      [B, T, N, H] in q's dtype.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)  # N -> K G
-    scores = einsum("BTKGH,BKSH->BKTGS", q, keys)
-    scores = softcap(scores * config.query_scale, config.attention_softcap)
-    scores = jnp.where(mask[:, None, :, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    out = einsum("BKTGS,BKSH->BTKGH", weights, values)
-    return out.astype(q.dtype).reshape(batch, length, heads, head_dim)
 
 
 class Attention(nnx.Module):
@@ -127,11 +100,26 @@ class Attention(nnx.Module):
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         mask: jax.Array,
+        segments: jax.Array | None,
         cache: tuple[jax.Array, jax.Array] | None,
-        start: jax.Array,
+        start: jax.Array | None,
         place: Placement,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns the output [B, T, D] and the layer's keys and values [B, K, S, H]."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Attends to the cache, if any, and to the tokens themselves.
+
+        Args:
+          x: [B, T, D].
+          angles: of `rotate`.
+          mask: [B, T, T] without a cache, [B, T, S] with one, [B, T, S + T] without `start`.
+          segments: as in decoder.hidden_states; the mask has them, too.
+          cache: keys and values [B, K, S, H].
+          start: [B], the slots to write the tokens' keys and values to; None leaves the cache as
+            it is.
+          place: where activations lie on the mesh.
+
+        Returns:
+          [B, T, D], and keys and values: the cache if it was written, else those of the tokens.
+        """
         config = self.config
         q = project("BTD,DNH->BTNH", x, self.q)
         k = project("BTD,DKH->BTKH", x, self.k)
@@ -144,16 +132,21 @@ class Attention(nnx.Module):
             q = rms_norm(q, self.q_norm[...], config)
             k = rms_norm(k, self.k_norm[...], config)
         q, k = rotate(q, angles), rotate(k, angles)
-        q = place.constrain(q, ("batch", None, "heads", None))
-        k = place.constrain(k, ("batch", None, "kv_heads", None))
-        v = place.constrain(v, ("batch", None, "kv_heads", None))
+        rows = place.attention_rows(len(x))
+        q = place.constrain(q, (rows, None, "heads", None))
+        k = place.constrain(k, (rows, None, "kv_heads", None))
+        v = place.constrain(v, (rows, None, "kv_heads", None))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, K, T, H]
-        if cache is not None:
+        if cache is None:
+            out = attend_fresh(q, k, v, mask, segments, config, place)
+        elif start is None:
+            out = attend_beside(q, cache, (k, v), mask, config)
+        else:
             k, v = kv.write(cache[0], k, start), kv.write(cache[1], v, start)
-            cache = (k, v)
-        out = attend(q, k, v, mask, config)
+            out = attend(q, k, v, mask, config)
+        out = place.constrain(out, ("batch", None, "heads", None))
         out = project("BTNH,NHD->BTD", out, self.o)
-        return (add_bias(out, self.o_bias[...]) if config.out_bias else out), cache
+        return (add_bias(out, self.o_bias[...]) if config.out_bias else out), (k, v)
 
 
 class MLP(nnx.Module):
@@ -206,16 +199,17 @@ class Block(nnx.Module):
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
         mask: jax.Array,
+        segments: jax.Array | None,
         cache: tuple[jax.Array, jax.Array] | None,
-        start: jax.Array,
+        start: jax.Array | None,
         place: Placement,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """Returns the new residual stream [B, T, D] and the layer's keys and values."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The new residual stream [B, T, D], and keys and values; arguments as in Attention."""
         config = self.config
         before, after = config.norms != "post", config.norms != "pre"
         with jax.named_scope("attention"):
             h = rms_norm(x, self.attention_norm[...], config) if before else x
-            h, cache = self.attention(h, angles, mask, cache, start, place)
+            h, keys_values = self.attention(h, angles, mask, segments, cache, start, place)
             h = rms_norm(h, self.attention_post_norm[...], config) if after else h
             x = place.constrain(x + h, ("batch", None, "act_embed"))
         with jax.named_scope("mlp"):
@@ -223,7 +217,7 @@ class Block(nnx.Module):
             h = self.mlp(h, place)
             h = rms_norm(h, self.mlp_post_norm[...], config) if after else h
             x = place.constrain(x + h, ("batch", None, "act_embed"))
-        return x, cache
+        return x, keys_values
 
 
 def norm_weight(

@@ -61,7 +61,7 @@ def test_each_block(reference):
     @jax.jit
     def run(params, x, cos, sin, visible):
         block = nnx.merge(graph, params)
-        return block(x, (cos, sin), visible, None, jnp.zeros(ROWS, jnp.int32), LOCAL)[0]
+        return block(x, (cos, sin), visible, None, None, None, LOCAL)[0]
 
     for params, layer in zip(reference.params["layers"], reference.layers, strict=True):
         cos, sin = layer.cos[..., :half], layer.sin[..., :half]

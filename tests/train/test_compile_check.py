@@ -1,0 +1,85 @@
+"""The training step compiled for a TPU slice that is not there."""
+
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs.train.defaults import sft
+from proxy_jax.topology import tpu_devices
+from train.compile_check import architecture, batch_shapes, check, state_shapes
+from train.job import initial_state, make_recipe, micro_batches, training_placement
+from train.start import Start
+
+if importlib.util.find_spec("libtpu") is None:
+    pytest.skip("libtpu, the compiler, is not installed", allow_module_level=True)
+
+LAYERS = 6
+
+
+def job(**sizes: int) -> ConfigDict:
+    config = sft()
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    }
+    config.architecture = ConfigDict(fields | sizes)
+    config.batch_size = 16
+    config.accumulate = 2
+    config.max_length = 512
+    config.remat = "full"
+    config.mesh.fsdp = 4
+    return config
+
+
+def test_the_step():
+    config = job()
+    model = architecture(config)
+    place = training_placement(config, model, tpu_devices("v5e:2x2"))
+    report = check(config, make_recipe(config, model, 10, place))
+    layer = 4 * 1024**2 + 3 * 1024 * 2816
+    parameters = LAYERS * layer + 2 * 32000 * 1024
+    # Parameters and two moments in float32, a quarter on each device; norms are on all.
+    norms = (2 * LAYERS + 1) * 1024
+    counters = 2 * 4
+    assert report.state == 3 * 4 * (parameters // 4 + norms) + counters
+    assert report.memory.temporary < 2 * report.state
+    # With fsdp a layer's weights are gathered, forward and backward.
+    assert len(report.layers) >= 2
+    for found in report.layers:
+        assert any("all-gather" in one.kind for one in found)
+    sums = [one for one in report.transfers if one.kind in ("all-reduce", "reduce-scatter")]
+    assert sum(one.size for one in sums) >= 4 * parameters // 4  # gradients
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_shapes_are_those_of_a_real_start(rank):
+    """What is compiled is what train.sft runs: same trees, shapes, dtypes and shardings."""
+    config = job(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    config.mesh.fsdp = 2
+    config.mesh.data = 2
+    config.layers = "scanned"
+    config.lora.rank = rank
+    config.compute_dtype = "float32"  # that of random weights
+    model = architecture(config)
+    place = training_placement(config, model)
+    recipe = make_recipe(config, model, 10, place)
+    real = initial_state(config, recipe, Start(model, None))
+    shapes = state_shapes(config, recipe)
+
+    def described(tree):
+        return jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding.shard_shape(x.shape)), tree)
+
+    assert described(shapes) == described(real)
+    rows = {
+        name: np.zeros((config.batch_size, config.max_length), x.dtype)
+        for name, x in batch_shapes(config, recipe).items()
+    }
+    assert described(batch_shapes(config, recipe)) == described(micro_batches(config, place, rows))
