@@ -48,6 +48,7 @@ setup(
             "accelerate>=1",  # transformers asks for it to read GGUF files into torch
             "peft>=0.17",  # oracle of the adapters
             "torch==2.13.0",  # the oracle of the parity tests; nothing else uses it
+            "proxy_jax[eval]",  # the harness that runs on trios
             # libtpu of jax's version: the compiler for TPU slices that are not there
             f"jax[tpu]{JAX}; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

@@ -122,6 +122,11 @@ class Check:
         )
         self.state = state_shapes(self.program, self.slots, options.batch_size, row)
 
+    def held(self) -> tuple[int, int]:
+        """Bytes of the weights and of the caches on one device."""
+        caches = [(cache.keys, cache.values) for cache in self.state.caches]
+        return hlo.device_bytes(self.params), hlo.device_bytes(caches)
+
     def step(self) -> StepReport:
         """Compiles the chunk; its order of weights and caches is that of the prefills after it."""
         start = time.perf_counter()
@@ -146,10 +151,10 @@ class Check:
                 layers[scope[0]] = found
             else:
                 rest += program.all_collectives(loop.body) * (loop.trips or 1)
-        caches = hlo.device_bytes([(c.keys, c.values) for c in self.state.caches])
+        held, caches = self.held()
         return StepReport(
             memory=hlo.memory(compiled),
-            weights=hlo.device_bytes(self.params),
+            weights=held,
             caches=caches,
             traffic=program.traffic(chunk.body),
             floor=caches + sum(_read(one.config, p) for one, p in self._passes()),
@@ -196,6 +201,13 @@ def main(config: ConfigDict) -> None:
         print(f"  {role:10} {size:.2f} B parameters in {member.spec.dtype}, {member.spec.path}")
     print(f"  batch {options.batch_size}, {config.context} slots a row, plan {job.plan(config)}")
 
+    weights, caches = check.held()
+    if available is not None and weights + caches > available:
+        _fail(
+            f"weights {weights / _GIB:.2f} GiB and caches {caches / _GIB:.2f}, "
+            f"{available / _GIB:.2f} there; a row's caches take "
+            f"{caches / options.batch_size / _GIB:.2f}"
+        )
     try:
         step = check.step()
     except jax.errors.JaxRuntimeError as error:

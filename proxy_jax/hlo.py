@@ -274,7 +274,11 @@ class Program:
                 parameter = next(
                     i.name for i in nested.values() if i.opcode == "parameter" and i.index == place
                 )
-                total += self._used(nested, parameter)
+                root = next(i for i in nested.values() if i.is_root)
+                if _through_views(nested, root).name == parameter:  # the same, seen otherwise
+                    total += self._used(inside, one.name)
+                else:
+                    total += self._used(nested, parameter)
             else:
                 return _size(inside[name].arrays)
         return total

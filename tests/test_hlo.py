@@ -13,17 +13,23 @@ from proxy_jax.sharding import Placement, make_mesh
 
 LAYERS, ROWS, WIDTH = 5, 8, 64
 
-# Two layers, each gathers its weight and cuts it out of the stack inside a nested fusion; the
-# activation is on the chip, S(1).
+# Two layers, each gathers its weight and cuts it out of the stack inside a nested fusion, which
+# looks at the stack through another order of its bytes; the activation is on the chip, S(1).
 STATE = "(s32[], f32[8,16]{1,0:S(1)}, f32[2,16,32]{2,1,0}, /*index=3*/f32[2,8,16]{2,1,0})"
 TEXT = """
 HloModule step, is_scheduled=true
 
+%order (o.0: f32[2,16,32]) -> f32[2,16,32] {
+  %o.0 = f32[2,16,32]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %o = f32[2,16,32]{2,1,0:T(8,128)(4,1)} copy(%o.0)
+}
+
 %cut (p.0: f32[2,16,32], p.1: s32[]) -> f32[16,32] {
   %p.0 = f32[2,16,32]{2,1,0} parameter(0)
+  %other = f32[2,16,32]{2,1,0} fusion(%p.0), kind=kLoop, calls=%order
   %p.1 = s32[] parameter(1)
   %zero = s32[] constant(0)
-  %ds = f32[1,16,32]{2,1,0} dynamic-slice(%p.0, %p.1, %zero, %zero), dynamic_slice_sizes={1,16,32}
+  %ds = f32[1,16,32]{2,1,0} dynamic-slice(%other, %p.1, %zero, %zero), dynamic_slice_sizes={1,16,32}
   ROOT %b = f32[16,32]{1,0} bitcast(%ds)
 }
 

@@ -1,6 +1,7 @@
 """Compiles the training step for a TPU slice that is not there, and says whether it would do.
 
-    python -m train.compile_check --config=configs/train/llama2_7b_gsm.py --config.topology=v5e:4x4
+    python -m train.compile_check --config=configs/train/llama2_7b_gsm.py \\
+        --config.topology=v5e:4x4 --config.accumulate=8
 
 Compiles train.step.train_step from shapes alone: no TPU, no weights, no data. Prints what one
 device holds and moves. Exits with status 1 where a device has no room.

@@ -39,10 +39,13 @@ def quick_compiles_of_all() -> None:
     """The compiler does its best here: what it does is what is tested."""
 
 
-def trio() -> Trio:
+def trio(quantize: str = "") -> Trio:
     table = {"large/model": LARGE, "small/expert": SMALL, "small/anti": SMALL}
     roles = ("base", "expert", "antiexpert")
-    specs = {role: ModelSpec(name, "bfloat16") for role, name in zip(roles, table, strict=True)}
+    specs = {
+        role: ModelSpec(name, "bfloat16", quantize=quantize)
+        for role, name in zip(roles, table, strict=True)
+    }
     return known_trio(specs, table)
 
 
@@ -97,6 +100,18 @@ def test_only_activations_move(step):
         most = roles * BATCH * (8 * fields["hidden_size"] + 2 * fields["intermediate_size"]) * 4
         assert 0 < sum(one.size for one in found) < most
         assert len(found) <= 8
+
+
+def test_8_bits_stay_8_bits(step):
+    options = Options(batch_size=BATCH, max_new_tokens=128)
+    small = Check(trio("int8"), "stacked", options, place(fsdp=2, tensor=2), CONTEXT).step()
+    assert small.caches == step.caches
+    # All but the embedding and the norms; of each output there is a scale.
+    embedding = 2 * 32000 * (LARGE["hidden_size"] + 2 * SMALL["hidden_size"]) / 4
+    assert (small.weights - embedding) / (step.weights - embedding) == pytest.approx(0.5, abs=0.01)
+    assert small.memory.temporary < 0.05 * (small.weights + small.caches)
+    assert small.traffic / small.floor < 1.1
+    assert small.moved_weights == []
 
 
 def test_prefill_leaves_the_weights_where_they_are(check, step):
