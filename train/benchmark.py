@@ -86,7 +86,10 @@ def main(config: ConfigDict) -> None:
                 "tokens_per_second": metrics["tokens"] / median,
                 "mfu": flops / median / peak,
             }
-            print(describe(row))
+            if jax.process_index() == 0:
+                print(describe(row))
+    if jax.process_index() > 0:
+        return
     directory = Path(config.output_dir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()], "rows": rows}

@@ -29,7 +29,7 @@ from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import init_adapter
 from proxy_jax.topology import hbm_bytes, tpu_devices
 from train.job import make_recipe, stacked_layers, training_placement
-from train.step import Recipe, TrainState, train_step
+from train.step import LOSS_TOKENS, Recipe, TrainState, train_step
 
 _GIB = 2**30
 _STEPS = 1000  # of the schedule; they change nothing that is compiled but a constant
@@ -42,9 +42,9 @@ class Report:
     Attributes:
       memory: of the step.
       state: bytes of parameters and moments, trained and frozen.
-      transfers: all of a step, those of loops as often as they run.
+      transfers: all of a step whose rows are full, those of loops as often as they run.
       layers: the transfers of one turn of each loop over the layers, forward and backward.
-      traffic: bytes of main memory read and written.
+      traffic: bytes of main memory read and written by it.
       seconds: of the compilation.
     """
 
@@ -62,7 +62,8 @@ def check(config: ConfigDict, recipe: Recipe) -> Report:
     start = time.perf_counter()
     compiled = train_step.lower(recipe, state, frozen, batch_shapes(config, recipe)).compile()
     seconds = time.perf_counter() - start
-    program = hlo.read(compiled)
+    # The loop over pieces of the head runs as often as the longest row's trained tokens ask for.
+    program = hlo.read(compiled, assumed_trips=-(-config.max_length // LOSS_TOKENS))
     layers = [
         program.collectives(loop.body)
         for loop in program.nested(program.entry)

@@ -1,7 +1,7 @@
 """Batches of training examples: shuffled, packed and shared out by Grain.
 
-B rows of a batch over all processes, T places of a row, P processes,
-N trained tokens of a row, V vocabulary.
+B rows of a batch over all processes, T places of a row, P equal parts of a batch, M those of this
+process, N trained tokens of a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Batching:
       seed: of the order.
       epochs: how often each example is seen.
       packing: several examples share a row; otherwise each has its own.
-      process_index, process_count: this process reads rows [index * B / P, (index + 1) * B / P) of
-        every batch. What a batch holds does not depend on P.
+      parts, part_count: of every batch this process reads the parts k in `parts`, rows
+        [k * B / P, (k + 1) * B / P), in order. What a batch holds does not depend on P.
 
     Raises:
-      InputError: a value out of range, or a batch that does not divide among the processes.
+      InputError: a value out of range, or a batch that does not divide into the parts.
     """
 
     batch_size: int
@@ -45,20 +45,20 @@ class Batching:
     seed: int = 0
     epochs: int = 1
     packing: bool = True
-    process_index: int = 0
-    process_count: int = 1
+    parts: tuple[int, ...] = (0,)
+    part_count: int = 1
 
     def __post_init__(self):
-        for field in ("batch_size", "length", "epochs", "process_count"):
+        for field in ("batch_size", "length", "epochs", "part_count"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} must be at least 1, not {getattr(self, field)}")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and 2**32 - 1, not {self.seed}")
-        if not 0 <= self.process_index < self.process_count:
-            raise InputError(f"process {self.process_index} of {self.process_count}: no such one")
-        if self.batch_size % self.process_count:
+        if not self.parts or not set(self.parts) <= set(range(self.part_count)):
+            raise InputError(f"parts {self.parts} of {self.part_count}: no such ones")
+        if self.batch_size % self.part_count:
             raise InputError(
-                f"batch_size {self.batch_size} does not divide among {self.process_count} processes"
+                f"batch_size {self.batch_size} does not divide into {self.part_count} parts"
             )
 
 
@@ -66,14 +66,14 @@ class Batches:
     """The batches of all epochs, in an order that depends on the seed alone.
 
     Every epoch has another order, and its own rows. len() is the number of batches. iter() yields
-    dicts of [B / P, T] arrays: "tokens", int32; "targets", int32, the next token of the same
+    dicts of [M * B / P, T] arrays: "tokens", int32; "targets", int32, the next token of the same
     example; "weights", float32, 1 where the target is trained; "segments", int32, the example's
     number in its row, from 1; "positions", int32, from 0 in every example; "lines", int32, the
     example's line in its file. All are 0 in empty places, and the last batch is filled with empty
     rows.
 
-    Examples with offsets add "offsets", [B / P, N, V] float16: a row's k-th trained token has its
-    offsets at k. N is the most that any row has; what is not trained takes no memory.
+    Examples with offsets add "offsets", [M * B / P, N, V] float16: a row's k-th trained token has
+    its offsets at k. N is the most that any row has; what is not trained takes no memory.
 
     The iterator's get_state() is a small dict that JSON can hold; set_state() of an iterator over
     the same examples and batching goes on from there exactly.
@@ -97,16 +97,14 @@ class Batches:
         offsets = examples[0].offsets
         shape = None if offsets is None else (most, offsets.shape[1])
         rows += [()] * (-len(rows) % batching.batch_size)
-        share = batching.batch_size // batching.process_count
+        part = batching.batch_size // batching.part_count
         mine = [
-            row
-            for i, row in enumerate(rows)
-            if i % batching.batch_size // share == batching.process_index
+            row for i, row in enumerate(rows) if i % batching.batch_size // part in batching.parts
         ]
         self._dataset = (
             grain.MapDataset.source(mine)
             .map(lambda row: _arrays([examples[i] for i in row], batching.length, shape))
-            .batch(share)
+            .batch(part * len(batching.parts))
         )
 
     def __len__(self) -> int:

@@ -124,45 +124,53 @@ def training_placement(
     return place
 
 
-def share_of_batches(place: Placement) -> tuple[int, int]:
-    """Which of how many equal parts of a batch this process's devices hold.
+def held_parts(place: Placement, process: int | None = None) -> tuple[int, ...]:
+    """Which of the parts of a batch, as many as place.split("batch"), a process's devices hold.
 
-    Raises:
-      InputError: what they hold is no such part.
+    They need not lie side by side: on TPU a mesh follows the wires, not the hosts.
+
+    Args:
+      place: the mesh.
+      process: its index, by default this one's.
     """
+    process = jax.process_index() if process is None else process
     parts = place.split("batch")
-    cuts = place.sharding(("batch",)).addressable_devices_indices_map((parts,)).values()
-    held = sorted({cut[0].indices(parts)[0] for cut in cuts if cut})
-    index, count = held[0] // len(held), parts // len(held)
-    if held != [*range(index * len(held), (index + 1) * len(held))] or parts % len(held):
-        raise InputError(f"mesh: the parts {held} of {parts} of a batch do not lie side by side")
-    return index, count
+    cuts = place.sharding(("batch",)).devices_indices_map((parts,))
+    mine = [cut[0] for device, cut in cuts.items() if device.process_index == process]  # type: ignore[attr-defined]
+    return tuple(sorted({cut.indices(parts)[0] for cut in mine}))
 
 
 def make_batching(config: ConfigDict, place: Placement, epochs: int) -> Batching:
     """How the config's examples become batches of this process."""
-    index, count = share_of_batches(place)
     return Batching(
         batch_size=config.batch_size,
         length=config.max_length,
         seed=config.seed,
         epochs=epochs,
         packing=config.packing,
-        process_index=index,
-        process_count=count,
+        parts=held_parts(place),
+        part_count=place.split("batch"),
     )
 
 
 def micro_batches(
     config: ConfigDict, place: Placement, batch: dict[str, np.ndarray]
 ) -> dict[str, jax.Array]:
-    """This process's rows [B / P, ...] as its part of arrays [A, B / A, ...] on the mesh."""
-    cut = lambda x: x.reshape(config.accumulate, -1, *x.shape[1:])  # noqa: E731
+    """This process's rows, M parts of P, as those of arrays [A, B / A, ...] on the mesh.
+
+    Each of the A micro-batches takes the next rows of every part, whichever processes hold it.
+    """
+    parts = len(held_parts(place))
+
+    def cut(x: np.ndarray) -> np.ndarray:
+        by_part = x.reshape(parts, config.accumulate, -1, *x.shape[1:])
+        return by_part.swapaxes(0, 1).reshape(config.accumulate, -1, *x.shape[1:])
+
     return {name: _on_mesh(place, cut(x), (None, "batch")) for name, x in batch.items()}
 
 
 def whole_batch(place: Placement, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows [B / P, ...] as its part of arrays [B, ...] on the mesh."""
+    """This process's rows, M parts of P, as those of arrays [B, ...] on the mesh."""
     return {name: _on_mesh(place, x, ("batch",)) for name, x in batch.items()}
 
 

@@ -52,7 +52,7 @@ from train.start import open_start
 from train.step import Recipe, evaluate, train_step
 
 # Config fields that do not change the parameters, and may differ when a run goes on.
-_FREE = ("output_dir", "log_every", "keep", "distributed", "mesh", "replicate")
+_FREE = ("output_dir", "log_every", "keep", "distributed", "mesh", "replicate", "topology")
 
 
 def main(config: ConfigDict) -> None:

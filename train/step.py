@@ -29,7 +29,7 @@ from proxy_jax.models.lora import attach, with_dropout
 from proxy_jax.sharding import Placement
 
 Batch = dict[str, jax.Array]
-_LOSS_TOKENS = 128  # trained tokens a row whose logits are held at once
+LOSS_TOKENS = 128  # trained tokens a row whose logits are held at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _head_pieces(
 ) -> tuple[jax.Array, Any]:
     """The loss, and its gradients by (head, x) in float32 if asked for; None for a frozen head."""
     length = x.shape[1]
-    held = min(length, _LOSS_TOKENS)
+    held = min(length, LOSS_TOKENS)
     # The trained tokens of each row come first; pieces that hold none are not computed.
     order = jnp.argsort(weights == 0, axis=1, stable=True)
     order = jnp.pad(order, [(0, 0), (0, -length % held)], constant_values=length)

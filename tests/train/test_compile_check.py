@@ -10,7 +10,13 @@ from ml_collections import ConfigDict
 from configs.train.defaults import sft
 from proxy_jax.topology import tpu_devices
 from train.compile_check import architecture, batch_shapes, check, state_shapes
-from train.job import initial_state, make_recipe, micro_batches, training_placement
+from train.job import (
+    held_parts,
+    initial_state,
+    make_recipe,
+    micro_batches,
+    training_placement,
+)
 from train.start import Start
 
 if importlib.util.find_spec("libtpu") is None:
@@ -83,3 +89,26 @@ def test_shapes_are_those_of_a_real_start(rank):
         for name, x in batch_shapes(config, recipe).items()
     }
     assert described(batch_shapes(config, recipe)) == described(micro_batches(config, place, rows))
+
+
+def test_a_process_holds_parts_that_do_not_lie_side_by_side():
+    """Four hosts of 2 x 2 chips each in a ring of sixteen."""
+    config = job()
+    config.mesh.fsdp = 16
+    config.batch_size = 32
+    place = training_placement(config, architecture(config), tpu_devices("v5e:4x4"))
+    held = [held_parts(place, host) for host in range(4)]
+    assert sorted(sum(held, ())) == list(range(16))
+    assert {len(parts) for parts in held} == {4}
+    assert any(parts != tuple(range(parts[0], parts[0] + 4)) for parts in held)
+
+
+def test_micro_batches_take_rows_of_every_part():
+    config = job()  # two micro-batches of 8 rows, over four devices
+    place = training_placement(config, architecture(config))
+    numbers = np.arange(16, dtype=np.int32)[:, None] * np.ones(3, np.int32)
+    [array] = micro_batches(config, place, {"tokens": numbers}).values()
+    assert array.shape == (2, 8, 3)
+    for shard in array.addressable_shards:
+        part = (shard.index[1].start or 0) // 2
+        assert shard.data[:, :, 0].tolist() == (4 * part + np.arange(4).reshape(2, 2)).tolist()

@@ -183,14 +183,13 @@ def test_resuming_anywhere_gives_the_remaining_batches(packing):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_processes_share_out_each_batch(packing):
+def test_each_batch_is_shared_out(packing):
     examples = make(157)
     whole = list(Batches(examples, Batching(8, T, seed=7, packing=packing)))
     shares = [
-        list(Batches(examples, Batching(8, T, seed=7, packing=packing, process_index=i,
-                                        process_count=4)))
+        list(Batches(examples, Batching(8, T, seed=7, packing=packing, parts=(i,), part_count=4)))
         for i in range(4)
-    ]  # fmt: skip
+    ]
     assert {len(share) for share in shares} == {len(whole)}
     assert shares[0][0]["tokens"].shape == (2, T)
     joined = [
@@ -201,6 +200,10 @@ def test_processes_share_out_each_batch(packing):
     assert sorted(line for share in shares for line in lines(share)) == [
         example.line for example in examples
     ]
+    # The parts of one process need not lie side by side.
+    split = Batching(8, T, seed=7, packing=packing, parts=(0, 3), part_count=4)
+    for got, *parts in zip(Batches(examples, split), shares[0], shares[3], strict=True):
+        assert same([got], [{k: np.concatenate([part[k] for part in parts]) for k in TYPES}])
 
 
 def test_what_cannot_be_batched():
@@ -209,15 +212,12 @@ def test_what_cannot_be_batched():
             function()
         assert str(error.value) == message
 
-    for field in ("batch_size", "length", "epochs", "process_count"):
+    for field in ("batch_size", "length", "epochs", "part_count"):
         sizes = {"batch_size": 4, "length": T, field: 0}
         fails(f"{field} must be at least 1, not 0", lambda sizes=sizes: Batching(**sizes))
     fails("seed must be between 0 and 2**32 - 1, not -1", lambda: Batching(4, T, seed=-1))
-    fails(
-        "process 2 of 2: no such one",
-        lambda: Batching(4, T, process_index=2, process_count=2),
-    )
-    fails("batch_size 4 does not divide among 3 processes", lambda: Batching(4, T, process_count=3))
+    fails("parts (0, 2) of 2: no such ones", lambda: Batching(4, T, parts=(0, 2), part_count=2))
+    fails("batch_size 4 does not divide into 3 parts", lambda: Batching(4, T, part_count=3))
     fails("no examples to make batches of", lambda: Batches([], Batching(4, T)))
     long = Example(np.ones(T + 2, np.int32), np.ones(T + 2, bool), 17)
     fails(
