@@ -30,7 +30,9 @@ _WAIT_AT_THE_END = 7 * 24 * 3600
 _PATIENCE = 10  # seconds in which a process that fails lets the others say why they fail
 # How collectives and the coordination service report a process that does not answer.
 _NO_ANSWER = re.compile(
-    r"gloo|nccl|unavailable|deadline_exceeded|aborted|barrier|coordination", re.IGNORECASE
+    r"gloo|nccl.*(remote|timed out|timeout)|unavailable|deadline_exceeded|aborted|barrier"
+    r"|coordination",
+    re.IGNORECASE | re.DOTALL,
 )
 
 

@@ -54,10 +54,15 @@ def main(config: ConfigDict) -> None:
         check(config, trio, plan, cases)
 
     bandwidth = timing.bandwidth()
-    print(
-        f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"{bandwidth / 1e9:.1f} GB/s read by a matrix-vector product"
-    )
+    first = jax.process_index() == 0
+    if first:
+        print(
+            f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
+            f"{bandwidth / 1e9:.1f} GB/s read by a matrix-vector product"
+        )
+    directory = Path(config.output_dir).expanduser()
+    directory.mkdir(parents=True, exist_ok=True)
+    content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()]}
     rows: list[Row] = []
     for row in itertools.chain(
         *(measure(config, trio, plans, cases) for trio in trios),
@@ -68,16 +73,14 @@ def main(config: ConfigDict) -> None:
         ),
     ):
         rows.append(row | derived(row, rows, bandwidth))
-        print(describe(rows[-1]), flush=True)
-    for line in ratios(rows):
-        print(line)
-    directory = Path(config.output_dir).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
-    content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()]}
-    content |= {"bandwidth": bandwidth, "rows": rows}
-    manifest.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
-    plot(rows).savefig(directory / "benchmark.png", dpi=120)
-    print(f"figures in {directory}: benchmark.json, benchmark.png")
+        if first:
+            print(describe(rows[-1]), flush=True)
+            found = content | {"bandwidth": bandwidth, "rows": rows}
+            manifest.replace(directory / "benchmark.json", json.dumps(found, indent=2).encode())
+    if first:
+        print("\n".join(ratios(rows)))
+        plot(rows).savefig(directory / "benchmark.png", dpi=120)
+        print(f"figures in {directory}: benchmark.json, benchmark.png")
 
 
 def make_cases(settings: ConfigDict) -> list[Case]:

@@ -58,7 +58,7 @@ def main(config: ConfigDict) -> None:
 
     inputs = {"prompts": manifest.digest(local_path(config.prompts.path))}
     directory = local_path(config.output_dir)
-    with contextlib.closing(open_output(directory, config.to_dict(), inputs)) as output:
+    with contextlib.closing(open_output(directory, job.resolved(config), inputs)) as output:
         waiting = [request for request in requests if request.row not in output.done]
         resumed = len(requests) - len(waiting)
         summary: dict[str, Any] = {"rows": len(waiting), "rows_resumed": resumed}

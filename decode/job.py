@@ -123,6 +123,13 @@ def placement(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return Placement(make_mesh(config.mesh.to_dict(), devices), rules)
 
 
+def resolved(config: ConfigDict) -> dict[str, Any]:
+    """The config as a dict; its mesh, which may say -1, has the sizes that it has here."""
+    mesh = placement(config).mesh
+    assert mesh is not None
+    return config.to_dict() | {"mesh": dict(mesh.shape)}
+
+
 def stacked_layers(config: ConfigDict) -> bool | None:
     """Whether layers are scanned; None leaves it to the backend."""
     known = {"auto": None, "scanned": True, "unrolled": False}

@@ -81,7 +81,11 @@ def bind(
     state = state_shapes(program, slots, batch, row)
     compiled = compile_chunk(program, shapes(loaded.params), state, settings, steps)
     weights, states = input_formats(compiled)
-    move(loaded.params, weights)
+    make = jax.jit(new_state, out_shardings=states)
+
+    def on_moved_weights(row: Rows) -> DecodeState:
+        move(loaded.params, weights)  # at every start: another job may have moved them since
+        return make(row)
 
     def keeping(function: Callable[..., KVCache], index: int, cache: int) -> Callable[..., KVCache]:
         """Compiled to leave a pass's cache, the argument at `cache`, in its order."""
@@ -91,7 +95,7 @@ def bind(
     prefills = [keeping(functools.partial(engine.prefill, program, i), i, 1) for i in passes]
     copies = [keeping(functools.partial(engine.copy, program), i, 0) for i in passes]
     return Bound(
-        jax.jit(new_state, out_shardings=states),
+        on_moved_weights,
         jax.jit(
             functools.partial(engine.admit, program), donate_argnums=0, out_shardings=states.rows
         ),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from decode.scheduler import bucket, cache_slots, prefill_rows
 from proxy_jax.errors import InputError
+from proxy_jax.models import attention
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import abstract_params, logical_axes
 from proxy_jax.models.quantized import quantized_axes, quantized_shapes
@@ -94,6 +95,8 @@ def estimate(
             logits += int(rows * config.vocab_size / place.split("vocab") * 4)
         loaded.add(trio.tree_key(one))
         length = bucket(max(contexts[role] for role in one.roles) - new_tokens)
+        if attention.kernel(config, place, length, jnp.dtype(one.dtype)):
+            continue  # it holds no scores
         prompts = prefill_rows(length, batch, place) // place.split("batch") * len(one.roles)
         heads = config.num_heads // place.split("heads")
         # Scores and their softmax.

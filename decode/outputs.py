@@ -21,7 +21,9 @@ import processes
 from proxy_jax.errors import InputError
 
 # Config fields that do not change a row's result, and may differ when a job is resumed.
-_FREE = ("output_dir", "overwrite", "chunk_steps", "distributed", "benchmark")
+_FREE = (
+    "output_dir", "overwrite", "chunk_steps", "distributed", "benchmark", "topology", "context"
+)  # fmt: skip
 
 
 class OutputFile:

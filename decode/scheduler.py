@@ -53,6 +53,7 @@ class Generator:
         self.options = options
         self.program = engine.Program.of(loaded, trace=options.trace)
         self.new_tokens = 0
+        self._bound_to: tuple[tuple[int, ...], int] | None = None
         loaded.place.check_divides("batch", options.batch_size, "batch_size")
         trio = loaded.trio
         self.eos = tuple(trio.eos_ids() if options.eos_ids is None else options.eos_ids)
@@ -189,10 +190,12 @@ class Generator:
           pieces: the most pieces of an alpha schedule.
         """
         sizes, idle = self.batch_shape(contexts, pieces)
-        self._engine = bind(
-            self.program, self.loaded, self.settings, sizes, self.options.batch_size, idle,
-            self.options.chunk_steps,
-        )  # fmt: skip
+        if self._bound_to != (sizes, pieces):
+            self._engine = bind(
+                self.program, self.loaded, self.settings, sizes, self.options.batch_size, idle,
+                self.options.chunk_steps,
+            )  # fmt: skip
+            self._bound_to = sizes, pieces
         return self._engine.new_state(idle)
 
     def batch_shape(

@@ -76,8 +76,10 @@ class TorchTrio:
                 ]
                 combined = scores[0]
                 if len(scores) == 3:
-                    size = combined.shape[-1]
-                    combined = combined + self.alpha * (scores[1] - scores[2])[:, :size]
+                    # Vocabularies may end in more or fewer rows of padding.
+                    size = min(score.shape[-1] for score in scores)
+                    offset = scores[1][:, :size] - scores[2][:, :size]
+                    combined[:, :size] += self.alpha * offset
                 combined[:, list(eos)] = -torch.inf
                 fed = combined.argmax(dim=-1, keepdim=True)
                 mask = torch.cat([mask, torch.ones_like(fed)], dim=-1)

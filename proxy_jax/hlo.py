@@ -115,21 +115,30 @@ _Sources = frozenset[bool] | tuple[frozenset[bool], ...]
 
 
 def read(
-    compiled: jax.stages.Compiled, marked: Callable[[str], bool] = lambda op_name: False
+    compiled: jax.stages.Compiled,
+    marked: Callable[[str], bool] = lambda op_name: False,
+    *,
+    assumed_trips: int = 1,
 ) -> Program:
     """Reads a compiled program; see `parse`."""
     text = compiled.as_text()
     assert text is not None  # every backend of jaxlib has one
-    return parse(text, marked)
+    return parse(text, marked, assumed_trips=assumed_trips)
 
 
-def parse(text: str, marked: Callable[[str], bool] = lambda op_name: False) -> Program:
+def parse(
+    text: str,
+    marked: Callable[[str], bool] = lambda op_name: False,
+    *,
+    assumed_trips: int = 1,
+) -> Program:
     """Reads the text of a compiled program.
 
     Args:
       text: `compiled.as_text()`.
       marked: which of the program's parameters, by the name JAX gives them ("params[0]['head']"),
         are marked: see Collective.
+      assumed_trips: of loops that do not say how often they run.
     """
     computations: dict[str, Computation] = {}
     current: Computation = {}
@@ -142,7 +151,7 @@ def parse(text: str, marked: Callable[[str], bool] = lambda op_name: False) -> P
             instruction = _instruction(found[2], found[3], is_root=bool(found[1]))
             if instruction:
                 current[found[2]] = instruction
-    return Program(computations, entry, marked)
+    return Program(computations, entry, marked, assumed_trips)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,12 +161,13 @@ class Program:
     Attributes:
       computations: instructions by name, in the order they run; by the computation's name.
       entry: the computation that is the program.
-      marked: see `parse`.
+      marked, assumed_trips: see `parse`.
     """
 
     computations: Mapping[str, Computation]
     entry: str
     marked: Callable[[str], bool]
+    assumed_trips: int
 
     def loops(self, computation: str) -> list[Loop]:
         """The loops of a computation, not those inside them."""
@@ -198,7 +208,7 @@ class Program:
         """The transfers of one run of a computation, those of its loops as often as they run."""
         found = self.collectives(computation)
         for loop in self.loops(computation):
-            found += self.all_collectives(loop.body) * (loop.trips or 1)
+            found += self.all_collectives(loop.body) * (loop.trips or self.assumed_trips)
         return found
 
     def traffic(self, computation: str) -> int:
@@ -207,7 +217,8 @@ class Program:
         total = 0
         for one in instructions.values():
             if one.opcode == "while":
-                total += (self._trips(one) or 1) * self.traffic(one.calls["body"])
+                trips = self._trips(one) or self.assumed_trips
+                total += trips * self.traffic(one.calls["body"])
             elif one.opcode == "conditional":
                 total += max((self.traffic(name) for name in one.calls.values()), default=0)
             elif one.opcode == "call":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from proxy_jax.errors import InputError
@@ -15,6 +17,7 @@ from proxy_jax.models.config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 Axes = tuple[str | None, ...]
+_VERSION = re.compile(r"\d+\.\d+")  # AMD's GPUs say "gfx90a" and the like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,13 @@ class Placement:
             return jax.default_backend()
         platform = self.mesh.devices.flat[0].platform
         return "gpu" if platform in ("cuda", "rocm") else platform
+
+    @property
+    def compute_capability(self) -> float:
+        """The generation of NVIDIA GPUs, 8.0 for Ampere; 0 of other devices."""
+        device = jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0]
+        found = str(getattr(device, "compute_capability", ""))
+        return float(found) if _VERSION.fullmatch(found) else 0.0
 
     def attention_rows(self, rows: int) -> str:
         """The logical axis of rows in attention: the other layers' if they do not divide."""
@@ -163,13 +173,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"mesh {wanted} takes {count} of the {len(devices)} devices, and of some of the "
             f"{jax.process_count()} processes none; one axis may be -1, for all that are left"
         )
+    types = (AxisType.Auto,) * 3
     try:
-        return jax.make_mesh(
-            tuple(sizes),
-            MESH_AXES,
-            axis_types=(AxisType.Auto,) * 3,
-            devices=devices[:count],
-        )
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=types, devices=devices[:count])
+    except NotImplementedError:  # an axis that is no whole number of the TPU slice's own
+        grid = mesh_utils.create_device_mesh(sizes, devices[:count], allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=types)
     except AssertionError as error:  # on TPU they must be a rectangle
         raise InputError(
             f"mesh {wanted}: {count} of the {len(devices)} devices are no slice by themselves"

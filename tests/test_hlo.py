@@ -103,6 +103,16 @@ def test_a_loop_of_layers():
     assert program.traffic("main") == 2 * program.traffic("body")
 
 
+def test_a_loop_that_does_not_say_how_often_it_runs():
+    text = TEXT.replace(
+        "%limit = s32[] constant(2)", "%limit = s32[] get-tuple-element(%c), index=0"
+    )
+    once, thrice = (hlo.parse(text, assumed_trips=trips) for trips in (1, 3))
+    assert once.loops("main")[0].trips is None
+    assert thrice.traffic("main") == 3 * once.traffic("main") == 3 * once.traffic("body")
+    assert len(thrice.all_collectives("main")) == 3 * len(once.all_collectives("main")) == 6
+
+
 def test_nothing_is_marked_without_weights():
     program = hlo.parse(TEXT, lambda name: name == "cache")
     assert not any(one.marked for one in program.collectives("body"))

@@ -23,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.defaults import decoding
+from decode.job import resolved
 from decode.outputs import Output, OutputFile, open_output
 from decode.requests import Schedule, as_schedule
 from decode.tasks import Example, Task, load_judge, load_task
@@ -224,7 +225,7 @@ def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> Job:
     prompts = [example.chat_prompt if chat else example.prompt for example in task.examples]
     if not any(Template(template).has_system for template in templates.values()):
         prompts = [dataclasses.replace(prompt, system="") for prompt in prompts]
-    fields = own.to_dict()
+    fields = resolved(own)
     settings = {
         "task": task.name,
         "form": task.form,

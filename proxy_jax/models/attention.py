@@ -24,6 +24,7 @@ from proxy_jax.sharding import Placement
 
 _LANES = 128  # of a TPU's vectors
 _LARGEST_BLOCK = 512
+_AMPERE = 8.0
 
 
 def kernel(
@@ -31,20 +32,21 @@ def kernel(
 ) -> Literal["splash", "cudnn"] | None:
     """The fused kernel for `length` tokens that attend to each other; None is the plain form.
 
-    All layers must have one window, and a device the kv heads of its query heads. Splash takes
-    lengths and head sizes that fill a TPU's vectors (head sizes of 64, too); cuDNN 16-bit numbers,
-    even lengths, head sizes up to 128 and no soft-cap.
+    All layers must have one window, a device the kv heads of its query heads, and numbers 16 bits:
+    both kernels would round float32 to fewer. Splash takes lengths and head sizes that fill a TPU's
+    vectors (head sizes of 64, too); cuDNN, from NVIDIA's Ampere on, even lengths, head sizes up to
+    128 and no soft-cap.
     """
     one_window = len(set(config.layer_windows)) == 1
-    if not one_window or place.split("heads") != place.split("kv_heads"):
+    if not one_window or place.split("heads") != place.split("kv_heads") or dtype.itemsize != 2:
         return None
     if place.platform == "tpu":
         whole = length % _LANES == 0 and config.head_dim % (_LANES // 2) == 0
         return "splash" if whole else None
     if place.platform == "gpu":
         fits = config.head_dim % 8 == 0 and config.head_dim <= 128 and length % 2 == 0
-        fits = fits and dtype.itemsize == 2 and config.attention_softcap is None
-        return "cudnn" if fits else None
+        fits = fits and config.attention_softcap is None
+        return "cudnn" if fits and place.compute_capability >= _AMPERE else None
     return None
 
 

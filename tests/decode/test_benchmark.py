@@ -121,6 +121,14 @@ def test_the_torch_loop_is_proxy_tuning(llama):
     assert loop.decode(np.asarray([ids]), STEPS, banned, alone=True)[0].tolist() == [alone]
 
 
+def test_vocabularies_with_other_padding(llama):
+    fields = [model.config.to_dict() for model in llama.models.values()]
+    for config, more in zip(fields, (0, 8, 3), strict=True):
+        config["vocab_size"] += more
+    drawn, *_ = TorchTrio(fields, "float32").decode(np.ones((2, 3), int), 4, [EOS])
+    assert drawn.shape == (2, 4)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -128,6 +128,10 @@ def test_a_mesh_that_does_not_divide():
         place(tensor=3)
 
 
+def test_a_mesh_that_cuts_an_axis_of_the_slice():
+    assert place("v6e:4x4", tensor=8, fsdp=2).split("heads") == 8
+
+
 def test_an_unknown_slice():
     with pytest.raises(InputError, match="topology 'v5e:1000x1'"):
         tpu_devices("v5e:1000x1")

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from decode import check, generate, job, memory
+from decode.scheduler import prefill_rows
 from proxy_jax.errors import InputError
+from proxy_jax.models import attention
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.trio import open_trio
 from tests.decode import jobs
@@ -162,3 +164,18 @@ def test_memory_counts_weights_and_caches(llama, plan):
     # Of half of the rows, one of two heads: keys and values of each layer, in 128 slots.
     for role, layers, head in (("base", 2, 12), ("expert", 1, 8), ("antiexpert", 1, 8)):
         assert estimate.caches[role] == 2 * layers * 2 * 128 * 1 * head * 4
+
+
+def test_memory_counts_scores_where_they_are_held(llama, monkeypatch):
+    trio = open_trio({role: llama.spec(role) for role in ("base", "expert", "antiexpert")})
+    given = trio.passes("separate"), Placement(make_mesh({})), 4, dict.fromkeys(trio.roles, 300), 12
+    rows = prefill_rows(512, 4, given[1])  # of the longest prompt's bucket
+    assert memory.estimate(trio, *given).prefill == 2 * rows * 4 * 512**2 * 4  # 4 heads
+    monkeypatch.setattr(attention, "kernel", lambda *_: "splash")
+    assert memory.estimate(trio, *given).prefill == 0
+
+
+def test_the_mesh_of_a_job_is_the_one_it_has(llama, tmp_path):
+    """What is left for an axis differs with the machine, and rows may with it."""
+    config = jobs.config_of(llama, tmp_path, mesh__fsdp=-1, mesh__tensor=2)
+    assert job.resolved(config)["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}

@@ -9,7 +9,11 @@ from jax.experimental.layout import Format, Layout
 
 from decode import layouts, scheduler
 from proxy_jax.sharding import Placement, make_mesh
-from tests.trios import complete
+from tests.trios import PROMPTS, complete, options
+
+
+def reversed_axes(x):
+    return Format(Layout(tuple(reversed(range(x.ndim)))), x.sharding)
 
 
 @pytest.mark.parametrize(
@@ -26,17 +30,30 @@ def test_same_tokens(llama, expected, monkeypatch, plan, mesh):
     assert complete(loaded, samples=2)[::2] == expected  # on the weights that were moved
 
 
+def test_programs_are_kept(llama, expected, monkeypatch):
+    """A second call compiles nothing, and finds its weights where another job has moved them."""
+    bound = []
+
+    def bind(*args):
+        bound.append(layouts.bind(*args, arranged=True))
+        return bound[-1]
+
+    monkeypatch.setattr(scheduler, "bind", bind)
+    loaded = llama.load(place=Placement(make_mesh({"data": 1})), stacked_layers=True)
+    generator = scheduler.Generator(loaded, options())
+    for _ in range(2):
+        drawn = [list(completion.token_ids) for completion in generator.generate(PROMPTS)]
+        assert drawn == expected
+        layouts.move(loaded.params, jax.tree.map(reversed_axes, loaded.params))
+    assert len(bound) == 1
+
+
 def test_moved_weights_are_those_that_were_there(llama):
     loaded = llama.load(stacked_layers=True)
     before = jax.device_get(loaded.params)
     alone = loaded.params[:1]
 
-    def column_major(x):
-        order = tuple(reversed(range(x.ndim)))
-        return Format(Layout(order), x.sharding)
-
-    formats = jax.tree.map(column_major, loaded.params)
-    layouts.move(loaded.params, formats)
+    layouts.move(loaded.params, jax.tree.map(reversed_axes, loaded.params))
     for x in jax.tree.leaves(loaded.params):
         assert x.format.layout.major_to_minor == tuple(reversed(range(x.ndim)))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(loaded.params), before)

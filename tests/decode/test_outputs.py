@@ -78,7 +78,7 @@ def test_output_of_another_job(tmp_path):
         with pytest.raises(InputError, match=message):
             OutputFile(tmp_path, config, inputs)
     assert rows(tmp_path) == [0]
-    free = {"chunk_steps": 3, "output_dir": "elsewhere", "overwrite": False}
+    free = {"chunk_steps": 3, "output_dir": "elsewhere", "overwrite": False, "context": 7}
     assert OutputFile(tmp_path, CONFIG | free, INPUTS).done == {0}
     assert OutputFile(tmp_path, {"alpha": 3.0, "overwrite": True}, INPUTS).done == set()
     assert rows(tmp_path) == []

@@ -109,17 +109,26 @@ class OnGPU(Placement):
     """A placement that says it is on a GPU."""
 
     platform = "gpu"
+    compute_capability = 8.0
+
+
+class OnOldGPU(OnGPU):
+    """Of a generation before cuDNN's fused attention."""
+
+    compute_capability = 7.5
 
 
 @pytest.mark.parametrize(
     ("place", "fields", "length", "dtype", "chosen"),
     [
         (OnTPU(), {}, 256, "bfloat16", "splash"),
-        (OnTPU(), {"attention_softcap": 50.0, "layer_windows": (9, 9)}, 128, "float32", "splash"),
+        (OnTPU(), {"attention_softcap": 50.0, "layer_windows": (9, 9)}, 128, "float16", "splash"),
+        (OnTPU(), {}, 256, "float32", None),
         (OnTPU(), {}, 200, "bfloat16", None),
         (OnTPU(), {"head_dim": 48}, 256, "bfloat16", None),
         (OnTPU(), {"layer_windows": (None, 9)}, 256, "bfloat16", None),
         (OnGPU(), {"head_dim": 48}, 30, "bfloat16", "cudnn"),
+        (OnOldGPU(), {"head_dim": 48}, 30, "bfloat16", None),
         (OnGPU(), {}, 31, "bfloat16", None),
         (OnGPU(), {}, 30, "float32", None),
         (OnGPU(), {"head_dim": 256}, 30, "bfloat16", None),
