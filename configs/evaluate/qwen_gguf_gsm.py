@@ -18,7 +18,7 @@ def get_config():
     config = evaluation(qwen_gguf_gsm.get_config(), "gsm")
     config.tasks.gsm.limit = 128
     config.tasks.gsm.max_new_tokens = 200
-    config.sweep.alphas = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+    config.sweep.alphas = (0.5, 1.0, 1.5, 2.0)
     config.sweep.limit = 64
     config.output_dir = "runs/evaluate/qwen_gguf_gsm"
     return config
