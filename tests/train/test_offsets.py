@@ -296,7 +296,7 @@ def combined_loss(trio, theta, example):
 @pytest.mark.parametrize(("place", "stacked"), [(ONE, False), (EIGHT, True)])
 def test_training_equals_torch(tuned, monkeypatch, place, stacked):
     trio, batches, losses, theta = tuned
-    monkeypatch.setattr("train.step._LOSS_TOKENS", 7)  # several pieces, the last one not full
+    monkeypatch.setattr("train.step.LOSS_TOKENS", 7)  # several pieces, the last one not full
     member = open_trio(specs(trio)).members["antiexpert"]
     params = load_params([member.checkpoint], member.config, "float32", place, stacked=stacked)
     recipe = Recipe(member.config, optax.sgd(RATE), "float32", "none", place, alpha_train=ALPHA)

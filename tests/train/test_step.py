@@ -197,7 +197,7 @@ def test_loss_of_long_rows_in_pieces(build, monkeypatch):
     log_p = jax.nn.log_softmax(unembed(reference.config, reference.params, x))
     chosen = np.take_along_axis(np.asarray(log_p), batch["targets"][..., None], -1)[..., 0]
     np.testing.assert_allclose(float(whole[0]), -(chosen * batch["weights"]).sum(), rtol=1e-5)
-    monkeypatch.setattr("train.step._LOSS_TOKENS", 4)
+    monkeypatch.setattr("train.step.LOSS_TOKENS", 4)
     pieces = evaluate(recipe_of(reference), reference.params, None, batch)
     np.testing.assert_allclose(float(pieces[0]), float(whole[0]), rtol=1e-5)
 
