@@ -213,8 +213,10 @@ def main(config: ConfigDict) -> None:
     except jax.errors.JaxRuntimeError as error:
         _fail(_reason(error))
     print_step(step, options.chunk_steps, available)
-    failures = [f"weights move between devices in a step ({hlo.by_kind(step.moved_weights)})"]
-    failures = failures if step.moved_weights else []
+    failures = []
+    if step.moved_weights:
+        kinds = hlo.by_kind(step.moved_weights)
+        failures.append(f"weights move between devices in a step ({kinds})")
     needed = step.memory.peak
     longest = config.context - options.max_new_tokens
     done: set[Any] = set()
@@ -284,11 +286,8 @@ def print_step(step: StepReport, steps: int, available: int | None) -> None:
     for name, found in step.layers.items():
         print(f"  transfers   a layer of {name}: {hlo.by_kind(found)}")
     print(f"              outside the layers: {hlo.by_kind(step.rest)}")
-    if step.moved_weights:
-        for one in step.moved_weights:
-            print(
-                f"  FAILURE     a weight moves: {one.kind} {one.size / _MIB:.1f} MiB, {one.op_name}"
-            )
+    for one in step.moved_weights:
+        print(f"  FAILURE     a weight moves: {one.kind} {one.size / _MIB:.1f} MiB, {one.op_name}")
 
 
 def print_prefill(name: str, report: PrefillReport, whole: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import processes
 from tests.decode import jobs
 
 # Few rows at a time and a look of the host at every step: there is time to kill something.
@@ -111,3 +112,16 @@ def test_who_takes_part_must_be_said(llama, tmp_path):
     unclear = jobs.start(config, before="export JAX_PROCESS_ID=first; ")
     assert "JAX_COORDINATOR_ADDRESS" in last_line(alone, 2)
     assert last_line(unclear, 2).endswith("JAX_PROCESS_ID must be a number, not 'first'")
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("NCCL operation failed: remote process exited or there was a network error", True),
+        ("UNAVAILABLE: Connection closed by peer", True),
+        ("NCCL operation ncclCommInitRank failed: invalid usage", False),
+        ("INVALID_ARGUMENT: shapes differ", False),
+    ],
+)
+def test_which_errors_mean_a_lost_process(message, lost):
+    assert bool(processes._NO_ANSWER.search(message)) == lost
