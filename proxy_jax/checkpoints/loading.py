@@ -19,13 +19,8 @@ from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, abstract_params, logical_axes
-from proxy_jax.models.quantized import (
-    INPUTS,
-    Quantized,
-    quantise,
-    quantized_axes,
-    quantized_shapes,
-)
+from proxy_jax.models.quantized import Quantized, quantise, quantized_axes, quantized_shapes
+from proxy_jax.models.turned import INPUTS, Turned
 from proxy_jax.sharding import Axes, Placement, is_axes
 
 Progress = Callable[[int], object]
@@ -116,6 +111,7 @@ def load_params(
     *,
     stacked: bool,
     quantize: str = "",
+    turned: bool = False,
     progress: Progress = lambda parameters: None,
 ) -> Params:
     """Loads a model's weights, each device's part read on its own.
@@ -133,6 +129,8 @@ def load_params(
       stacked: one array with a leading axis for all layers, instead of a tuple of layers.
       quantize: "int8" stores the large weights so (proxy_jax.models.quantized), each one quantised
         as it is read.
+      turned: the large weights have their outputs first (proxy_jax.models.turned); quantised ones
+        always have.
       progress: called with the number of parameters after each array.
 
     Raises:
@@ -166,16 +164,33 @@ def load_params(
 
         return jax.make_array_from_callback(whole, sharding, part)
 
-    def load(keys: Keys, names: Axes) -> jax.Array | Quantized:
+    def load(keys: Keys, names: Axes) -> jax.Array | Quantized | Turned:
         tensor = table[("layers", 0, *keys[1:]) if stacked and keys[0] == "layers" else keys]
         shape = tuple(dict(tensor.sizes)[letter] for letter in tensor.target)
         if quantize and keys[-1] in INPUTS:
             quantized = load_quantized(keys, names, shape, INPUTS[keys[-1]])
             progress(quantized.values.size)
             return quantized
+        if turned and keys[-1] in INPUTS:
+            values = load_turned(keys, names, shape, INPUTS[keys[-1]])
+            progress(values.size)
+            return Turned(values)
         loaded = array(keys, names, shape, dtype, _read_into)
         progress(loaded.size)
         return loaded
+
+    def load_turned(keys: Keys, names: Axes, shape: Shape, inputs: int) -> jax.Array:
+        into, out = shape[:inputs], shape[inputs:]
+
+        def values(
+            target: np.ndarray, checkpoint: Checkpoint, tensor: Tensor, index: Index
+        ) -> None:
+            ours = index[len(out) :] + index[: len(out)]
+            _read_into(
+                np.moveaxis(target, range(-inputs, 0), range(inputs)), checkpoint, tensor, ours
+            )
+
+        return array(keys, names[inputs:] + names[:inputs], out + into, dtype, values)
 
     def load_quantized(keys: Keys, names: Axes, shape: Shape, inputs: int) -> Quantized:
         into, out = shape[:inputs], shape[inputs:]

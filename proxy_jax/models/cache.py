@@ -66,9 +66,17 @@ def write(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
       new: [B, K, T, H].
       start: [B] int32.
     """
-    row = lambda c, n, s: jax.lax.dynamic_update_slice(c, n, (0, s, 0))  # noqa: E731
-    rows = lambda cache, new: jax.vmap(row)(cache, new, start)  # noqa: E731
-    return move(rows, cache, new.astype(cache.dtype))
+    new = new.astype(cache.dtype)
+    row = lambda s, c, n: jax.lax.dynamic_update_slice(c, n, (0, s, 0))  # noqa: E731
+    if new.shape[2] > 1 or cache.dtype.itemsize != 2:
+        return move(jax.vmap(row), start, cache, new)
+
+    def select(start: jax.Array, cache: jax.Array, new: jax.Array) -> jax.Array:
+        here = jnp.arange(cache.shape[2])[None] == start[:, None]
+        return jnp.where(here[:, None, :, None], new, cache)
+
+    # One pass over the cache, where its bits would take two.
+    return jax.lax.platform_dependent(start, cache, new, cpu=select, default=jax.vmap(row))
 
 
 def take(cache: KVCache, slots: jax.Array, lengths: jax.Array) -> KVCache:
@@ -80,10 +88,10 @@ def take(cache: KVCache, slots: jax.Array, lengths: jax.Array) -> KVCache:
       lengths: [P] int32, how many of each one's tokens count.
     """
 
-    def rows(whole: jax.Array) -> jax.Array:
+    def rows(slots: jax.Array, whole: jax.Array) -> jax.Array:
         return whole[:, slots] if whole.ndim == 5 else whole[slots]
 
-    take_bits = lambda whole: move(rows, whole)  # noqa: E731
+    take_bits = lambda whole: move(rows, slots, whole)  # noqa: E731
     return KVCache(
         keys=jax.tree.map(take_bits, cache.keys),
         values=jax.tree.map(take_bits, cache.values),
@@ -163,12 +171,12 @@ def insert(cache: KVCache, rows: KVCache, slots: jax.Array, place: Placement = L
       place: where the arrays lie.
     """
 
-    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+    def put(slots: jax.Array, whole: jax.Array, part: jax.Array) -> jax.Array:
         if whole.ndim == 5:
             return _insert_layers(whole, part, slots, place)
         return whole.at[slots, :, : part.shape[-2]].set(part, mode="drop")
 
-    put_bits = lambda whole, part: move(put, whole, part)  # noqa: E731
+    put_bits = lambda whole, part: move(put, slots, whole, part)  # noqa: E731
     return KVCache(
         keys=jax.tree.map(put_bits, cache.keys, rows.keys),
         values=jax.tree.map(put_bits, cache.values, rows.values),

@@ -134,7 +134,7 @@ def hidden_states(
         if cache is None:
             x = embedding[tokens]
         else:  # and so not differentiated
-            x = move(lambda embedding: embedding[tokens], embedding)
+            x = move(lambda tokens, embedding: embedding[tokens], tokens, embedding)
         if config.embedding_scale is not None:
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
         x = place.constrain(x, ("batch", None, "act_embed"))

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+_FEW = 16  # rows, in front of which a weight stands on CPUs
+
 
 def einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """einsum of two arrays that accumulates and returns float32.
@@ -66,42 +68,62 @@ def dense(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
 def of_rows(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     """`contract` of activations with a weight, as each backend does it best.
 
-    XLA's CPU compiler has quick products for two rows or more of numbers below 32 bits, not for
-    one: there, one row is multiplied twice. And a weight whose outputs come first stands in front.
+    Args:
+      spec: x's rows first, then the inputs; the result is x's rows, then the outputs. A weight
+        whose outputs come first has one axis of them, and one of inputs.
+      x: activations.
+      weight: inputs or outputs first.
+      dtype: to sum in.
     """
     operands, result = spec.split("->")
     letters, w_letters = operands.split(",")
-    rows = [i for i, letter in enumerate(letters) if letter in result]
-    alone = x.dtype.itemsize < 4 and math.prod(x.shape[i] for i in rows) == 1
-    in_front = w_letters[0] in result
-    turned = f"{w_letters},{letters}->{result}"
 
     def anywhere(x: jax.Array, weight: jax.Array) -> jax.Array:
         return contract(spec, x, weight, dtype)
 
     def on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return contract(turned, weight, x, dtype) if in_front else anywhere(x, weight)
+        return _on_cpu(spec, x, weight, dtype)
 
-    def of_two(x: jax.Array, weight: jax.Array) -> jax.Array:
-        pair = on_cpu(jnp.concatenate([x, x], axis=rows[0]), weight)
-        return jax.lax.slice_in_dim(pair, 0, 1, axis=result.index(letters[rows[0]]))
-
-    def of_many(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=anywhere)
+    rows = math.prod(size for a, size in zip(letters, x.shape, strict=True) if a in result)
+    if w_letters[0] not in result and (rows > 1 or x.dtype.itemsize >= 4):
+        return anywhere(x, weight)
 
     @jax.custom_batching.custom_vmap
-    def of_one(x: jax.Array, weight: jax.Array) -> jax.Array:
-        return jax.lax.platform_dependent(x, weight, cpu=of_two, default=anywhere)
+    def run(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=anywhere)
 
-    @of_one.def_vmap
+    @run.def_vmap
     def _(size: int, batched: list[bool], x: jax.Array, weight: jax.Array) -> Any:
-        # Rows of several roles and one weight: these are rows enough.
-        run = of_many if batched == [True, False] else of_one.fun
-        return jax.vmap(run, [0 if b else None for b in batched])(x, weight), True
+        if batched == [True, False]:  # the roles of a pass, with one weight: so many more rows
+            return of_rows(f"Z{letters},{w_letters}->Z{result}", x, weight, dtype), True
+        return jax.vmap(run.fun, [0 if b else None for b in batched])(x, weight), True
 
-    if alone:
-        return of_one(x, weight)
-    return of_many(x, weight) if in_front else anywhere(x, weight)
+    return run(x, weight)
+
+
+def _on_cpu(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """`of_rows` as XLA's CPU compiler does it quickly.
+
+    Its products of numbers below 32 bits are quick for two rows or more, not for one: one row is
+    multiplied twice. A weight whose outputs come first it transposes, unless rows are one axis; and
+    it reads one faster that stands in front. Of many rows that makes a transposed result, slow to
+    work on.
+    """
+    operands, result = spec.split("->")
+    letters, w_letters = operands.split(",")
+    shape = [size for letter, size in zip(letters, x.shape, strict=True) if letter in result]
+    rows = math.prod(shape)
+    if x.dtype.itemsize < 4 and rows == 1:
+        return _on_cpu(spec, jnp.concatenate([x, x]), weight, dtype)[:1]
+    if w_letters[0] not in result:
+        return contract(spec, x, weight, dtype)
+    flat = x.reshape(rows, -1)
+    if rows <= _FEW:
+        # Without the barrier the compiler turns the product around again.
+        made = jax.lax.optimization_barrier(contract("OI,RI->OR", weight, flat, dtype)).T
+    else:
+        made = contract("RI,OI->RO", flat, weight, dtype)
+    return made.reshape(*shape, -1)
 
 
 def _forward(

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from proxy_jax.models import quantized
+from proxy_jax.models import quantized, turned
 from proxy_jax.models.einsum import dense
 from proxy_jax.models.quantized import Quantized
+from proxy_jax.models.turned import Turned
 
 # Hugging Face's name of each linear layer: where its weight is, and how many of the weight's first
 # axes are inputs.
@@ -37,7 +38,7 @@ class Adapted:
     """A weight and its adapter.
 
     Attributes:
-      weight: of the base model, [in..., out...], or a `Quantized` one.
+      weight: of the base model, [in..., out...], or a `Quantized` or `Turned` one.
       a: [in..., R].
       b: [R, out...].
       scale: lora_alpha / R.
@@ -55,16 +56,18 @@ class Adapted:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Adapted) -> jax.Array:
+def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Turned | Adapted) -> jax.Array:
     """einsum of activations and a weight, in float32.
 
     Args:
       spec: "x's letters,the weight's letters->the result's letters".
       x: in the dtype to compute in.
-      weight: an array, or a weight that is quantised, adapted, or both.
+      weight: an array, or a weight that is quantised or turned, adapted, or both.
     """
     if isinstance(weight, Quantized):
         return quantized.product(spec, x, weight)
+    if isinstance(weight, Turned):
+        return turned.product(spec, x, weight)
     if not isinstance(weight, Adapted):
         return dense(spec, x, weight)
     whole = product(spec, x, weight.weight)

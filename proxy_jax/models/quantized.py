@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxy_jax.models.einsum import of_rows
+from proxy_jax.models import turned
+from proxy_jax.models.turned import INPUTS
 from proxy_jax.sharding import is_axes
 
-# How many of the first axes of each weight that can be stored so are inputs, by its name.
-INPUTS = {"q": 1, "k": 1, "v": 1, "o": 2, "gate": 1, "up": 1, "down": 1, "head": 1}
 _LARGEST = 127
 
 
@@ -33,8 +32,7 @@ class Quantized:
     """A weight of 8 bits.
 
     Attributes:
-      values: [out..., in...] int8; outputs come first because the products of CPUs, the same
-        layout as the files', are quicker so.
+      values: [out..., in...] int8; outputs come first as in turned.py.
       scales: [out...] float32.
     """
 
@@ -64,23 +62,18 @@ def product(spec: str, x: jax.Array, weight: Quantized) -> jax.Array:
     """einsum of activations and a quantised weight, in float32.
 
     Args:
-      spec: "x's letters,the weight's letters->the result's letters": the inputs last in x, first
-        in the weight; the result is what is left of x, then the outputs.
+      spec: as in turned.contract.
       x: activations, in any floating-point dtype.
       weight: see `Quantized`.
     """
-    outputs = weight.scales.shape
-    x_letters = spec.split(",")[0]
-    rows = x_letters[: x.ndim - (weight.ndim - len(outputs))]
-    # One axis in and one out: of several, the CPU compiler would transpose the weight each time.
-    flat = x.reshape(*x.shape[: len(rows)], -1).astype(jnp.float32)
-    values = weight.values.reshape(-1, flat.shape[-1])
-    scale = _scale(jnp.max(jnp.abs(flat), axis=-1, keepdims=True))
-    rounded = jnp.rint(flat / scale).astype(jnp.int8)
-    total = of_rows(f"{rows}I,OI->{rows}O", rounded, values, jnp.int32)
-    of_outputs = jnp.expand_dims(weight.scales.reshape(-1), tuple(range(len(rows))))
-    out = total.astype(jnp.float32) * (scale * of_outputs)
-    return out.reshape(*out.shape[:-1], *outputs)
+    inputs = tuple(range(-turned.inputs_of(spec), 0))
+    full = x.astype(jnp.float32)
+    scale = _scale(jnp.max(jnp.abs(full), axis=inputs, keepdims=True))
+    rounded = jnp.rint(full / scale).astype(jnp.int8)
+    total = turned.contract(spec, rounded, weight.values, jnp.int32).astype(jnp.float32)
+    rows = total.ndim - weight.scales.ndim
+    of_tokens = scale.reshape(*scale.shape[:rows], *(1 for _ in weight.scales.shape))
+    return total * (of_tokens * weight.scales[(None,) * rows])
 
 
 def map_weights(
@@ -99,23 +92,23 @@ def map_weights(
 def quantized_axes(axes: Any) -> Any:
     """Logical axes of a model's params with 8-bit weights, from those of its plain params."""
 
-    def turned(names: tuple[str | None, ...], inputs: int) -> Quantized:
+    def of_weight(names: tuple[str | None, ...], inputs: int) -> Quantized:
         return Quantized(names[inputs:] + names[:inputs], names[inputs:])
 
-    return map_weights(turned, axes, is_leaf=is_axes)
+    return map_weights(of_weight, axes, is_leaf=is_axes)
 
 
 def quantized_shapes(params: Any) -> Any:
     """Shapes and dtypes of a model's params with 8-bit weights, from those of its plain params."""
 
-    def turned(leaf: Any, inputs: int) -> Quantized:
+    def of_weight(leaf: Any, inputs: int) -> Quantized:
         outputs = leaf.shape[inputs:]
         return Quantized(
             jax.ShapeDtypeStruct(outputs + leaf.shape[:inputs], jnp.int8),
             jax.ShapeDtypeStruct(outputs, jnp.float32),
         )
 
-    return map_weights(turned, params)
+    return map_weights(of_weight, params)
 
 
 def _scale(largest: Any) -> Any:

@@ -18,6 +18,8 @@ from proxy_jax.checkpoints.names import tensors
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint, export
 from proxy_jax.errors import InputError
 from proxy_jax.models.hf_config import config_from_hf
+from proxy_jax.models.quantized import map_weights
+from proxy_jax.models.turned import Turned
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from tests.models.families import torch_model
 
@@ -68,6 +70,29 @@ def test_models_side_by_side(build, tmp_path, stacked):
     (alone,) = checkpoints[1:]
     single = load_params([alone], reference.config, np.float32, ONE, stacked=stacked)
     assert_same(single, jax.tree.map(lambda leaf: 2 * leaf, one))
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["unrolled", "stacked"])
+@pytest.mark.parametrize("place", [ONE, EIGHT], ids=["one device", "eight"])
+def test_turned_weights_are_the_same_numbers(build, stacked, place):
+    reference = build("llama")
+    arguments = [reference.checkpoint], reference.config, "bfloat16", place
+    sizes: list[int] = []
+    ours = load_params(*arguments, stacked=stacked, turned=True, progress=sizes.append)
+    plain = load_params(*arguments, stacked=stacked)
+
+    def turn(part, lead):
+        def of_weight(leaf, inputs):
+            return Turned(np.moveaxis(leaf, range(lead, lead + inputs), range(-inputs, 0)))
+
+        return map_weights(of_weight, jax.device_get(part))
+
+    expected = turn(plain, 0) | {"layers": turn(plain["layers"], int(stacked))}
+    assert_same(ours, expected)
+    assert sum(sizes) == sum(leaf.size for leaf in jax.tree.leaves(plain))
+    down = (ours["layers"] if stacked else ours["layers"][0])["mlp"]["down"].values
+    parts = place.split("mlp") * place.split("embed")
+    assert {part.data.size * parts for part in down.addressable_shards} == {down.size}
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
