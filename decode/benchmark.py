@@ -7,8 +7,8 @@
 Takes a decoding config and measures the functions that decode.generate runs, on random prompts;
 greedy, every row as long as asked for. configs/defaults.py explains the fields of `benchmark`. The
 floor of a step is the time to read what it must (decode.timing.step_bytes) at the bandwidth that a
-matrix-vector product reaches here. Prints a table, and writes benchmark.json and benchmark.png into
-the output directory.
+matrix-vector product reaches here, the best seen before and between the rows. Prints a table, and
+writes benchmark.json and benchmark.png into the output directory.
 """
 
 from __future__ import annotations
@@ -72,7 +72,10 @@ def main(config: ConfigDict) -> None:
             if settings.compare
         ),
     ):
-        rows.append(row | derived(row, rows, bandwidth))
+        rows.append(row | derived(row, rows))
+        if "step_bytes" in row:
+            bandwidth = max(bandwidth, timing.bandwidth())
+        rows = [row | floor_share(row, bandwidth) for row in rows]
         if first:
             print(describe(rows[-1]), flush=True)
             found = content | {"bandwidth": bandwidth, "rows": rows}
@@ -80,7 +83,10 @@ def main(config: ConfigDict) -> None:
     if first:
         print("\n".join(ratios(rows)))
         plot(rows).savefig(directory / "benchmark.png", dpi=120)
-        print(f"figures in {directory}: benchmark.json, benchmark.png")
+        print(
+            f"figures in {directory}: benchmark.json, benchmark.png; "
+            f"shares of the floor there are at {bandwidth / 1e9:.1f} GB/s"
+        )
 
 
 def make_cases(settings: ConfigDict) -> list[Case]:
@@ -207,18 +213,16 @@ def _row(by: str, dtype: str, plan: str, case: Case, times: Times) -> Row:
     }
 
 
-def derived(row: Row, before: Sequence[Row], bandwidth: float) -> Row:
+def derived(row: Row, before: Sequence[Row]) -> Row:
     """The figures that follow from a row's times.
 
     Args:
       row: a measured row.
       before: those above it, among them M alone.
-      bandwidth: bytes a second.
 
     Returns:
       ms_a_step; first_token_seconds, prefill and one step; tokens_per_second, prefill included;
-      share_of_floor, the floor's time over the step's; overhead over M alone, and that of the
-      floors, of a row of the trio.
+      overhead over M alone, and that of the floors, of a row of the trio.
     """
     ms = 1e3 * statistics.median(row["decode_seconds"]) / row["steps"]
     prefill = statistics.median(row["prefill_seconds"])
@@ -229,8 +233,6 @@ def derived(row: Row, before: Sequence[Row], bandwidth: float) -> Row:
         "first_token_seconds": prefill + (ms / 1e3 if row["steps"] == row["output"] else 0.0),
         "tokens_per_second": row["batch"] * row["output"] / whole,
     }
-    if "step_bytes" in row:
-        found["share_of_floor"] = 1e3 * row["step_bytes"] / bandwidth / ms
     for other in before:
         if row["plan"] != ALONE == other["plan"] and all(
             other[name] == row[name] for name in ("by", "dtype", "batch", "prompt", "output")
@@ -239,6 +241,13 @@ def derived(row: Row, before: Sequence[Row], bandwidth: float) -> Row:
             if "step_bytes" in row:
                 found["floor_overhead"] = row["step_bytes"] / other["step_bytes"]
     return found
+
+
+def floor_share(row: Row, bandwidth: float) -> Row:
+    """share_of_floor, the time to read a step's bytes at a bandwidth over the step's."""
+    if "step_bytes" not in row:
+        return {}
+    return {"share_of_floor": 1e3 * row["step_bytes"] / bandwidth / row["ms_a_step"]}
 
 
 def describe(row: Row) -> str:

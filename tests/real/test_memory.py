@@ -41,7 +41,9 @@ def watch():
 before, seen, done = held(), [], threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
-params = load_params([checkpoint], config, "bfloat16", place, stacked=stacked == "stacked")
+params = load_params(
+    [checkpoint], config, "bfloat16", place, stacked=stacked == "stacked", turned=True
+)
 jax.block_until_ready(params)
 done.set()
 watcher.join()
