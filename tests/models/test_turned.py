@@ -83,7 +83,8 @@ def test_steps_copy_neither_weights_nor_caches(rows, store):
         return jax.lax.fori_loop(0, 4, step, (cache, tokens))
 
     compiled = steps.lower(params, cache, jnp.zeros(rows, jnp.int32)).compile()
-    # The logits, in one copy, are most of it: embedding, weights and caches are larger than that.
+    # The logits, in one copy, are most of it, and of one row some of the attention (in JAX 0.11 a
+    # layer's keys and values): embedding, weights and caches are larger than that.
     logits = rows * CONFIG.vocab_size * 4
     analysis: Any = compiled.memory_analysis()
-    assert analysis.temp_size_in_bytes < 1.25 * logits + 2**17
+    assert analysis.temp_size_in_bytes < 1.25 * logits + 2**19
