@@ -36,7 +36,9 @@ def main() -> None:
     for line in sys.stdin.buffer:
         if _NOTICE.match(line) or line.startswith(LOST.encode()):
             words = line + sys.stdin.buffer.read()
-            sys.stderr.buffer.write(_in_one_line(words) or words)
+            last = _in_one_line(words)
+            # On a line of its own: whoever was ended could not end that of its progress bar.
+            sys.stderr.buffer.write(words if last is None else b"\n" + last)
             return
         sys.stderr.buffer.write(line)
         sys.stderr.buffer.flush()

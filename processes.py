@@ -94,10 +94,21 @@ def check_same(content: dict[str, Any]) -> None:
         raise InputError(f"this process was given another job than process 0 ({changed})")
 
 
+def lost(error: BaseException | None) -> BaseException | None:
+    """Of an error and those that led to it, the one that says that another process is lost."""
+    while error is not None:
+        # Orbax turns what JAX raises at its barriers into timeouts.
+        of_others = isinstance(error, jax.errors.JaxRuntimeError | TimeoutError)
+        if of_others and _NO_ANSWER.search(str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
 def fail(error: BaseException) -> NoReturn:
     """Ends this process for an error that is not the user's input: a lost process, or a bug."""
-    if isinstance(error, jax.errors.JaxRuntimeError) and _NO_ANSWER.search(str(error)):
-        reason = " ".join(str(error).split("\n")[0].split())
+    if cause := lost(error):
+        reason = " ".join(str(cause).split("\n")[0].split())
         # Through the filter: JAX may be about to say the same.
         os.write(2, f"{native_stderr.LOST} ({reason}); {native_stderr.AGAIN}\n".encode())
         _end(1)

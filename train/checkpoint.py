@@ -14,11 +14,14 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+import processes
 from train.step import TrainState
 
 
 class Checkpoints:
     """The checkpoints in a directory. Saving goes on in the background while training does.
+
+    A context manager, which waits in the end until everything is saved.
 
     Args:
       directory: created if need be.
@@ -83,9 +86,13 @@ class Checkpoints:
         metadata = self._checkpointer.metadata(latest.step).custom_metadata
         return TrainState(**stored, key=key), metadata["data"]
 
-    def close(self) -> None:
-        """Waits until everything is saved."""
-        self._checkpointer.close()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # What is left to save is not waited for if another process of the job would have to help.
+        if not processes.lost(error):
+            self._checkpointer.close()
 
 
 def _storable(state: TrainState) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def main(config: ConfigDict) -> None:
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint_every, config.keep)
     data = iter(batches)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.closing(checkpoints))
+        stack.enter_context(checkpoints)
         preemption = stack.enter_context(Preemption())
         restored = checkpoints.restore(state)
         if restored is not None:

@@ -50,12 +50,11 @@ def save_run(directory: Path, model: ModelConfig, trees: dict[int, Any], **field
     directory.mkdir(parents=True)
     manifest.write(directory, manifest.new(config.to_dict(), {}))
     recipe = Recipe(model, make_optimizer(OptimizerConfig(), 20), "float32", "none", ONE)
-    checkpoints = Checkpoints(directory / "checkpoints", every=1, keep=5)
-    for step, tree in trees.items():
-        trained = jax.device_put(jax.tree.map(jnp.asarray, tree), ONE.sharding(()))
-        state = new_state(recipe, trained, jax.random.key(0))
-        checkpoints.save(step, state, {"next_index": step}, None)
-    checkpoints.close()
+    with Checkpoints(directory / "checkpoints", every=1, keep=5) as checkpoints:
+        for step, tree in trees.items():
+            trained = jax.device_put(jax.tree.map(jnp.asarray, tree), ONE.sharding(()))
+            state = new_state(recipe, trained, jax.random.key(0))
+            checkpoints.save(step, state, {"next_index": step}, None)
     return directory
 
 

@@ -5,6 +5,7 @@ import socket
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import processes
@@ -124,4 +125,15 @@ def test_who_takes_part_must_be_said(llama, tmp_path):
     ],
 )
 def test_which_errors_mean_a_lost_process(message, lost):
-    assert bool(processes._NO_ANSWER.search(message)) == lost
+    error = jax.errors.JaxRuntimeError(message)
+    assert processes.lost(error) is (error if lost else None)
+    assert processes.lost(ValueError(message)) is None
+
+
+def test_a_lost_process_behind_another_error():
+    """As Orbax reports a process that died while a checkpoint was written."""
+    barrier = TimeoutError("Timeout waiting at barrier 'x'. The original error raised was: ...")
+    later = TimeoutError("ChainedFuture completed 3/4 futures but timed out after 84.40 seconds.")
+    later.__cause__ = barrier
+    assert processes.lost(later) is barrier
+    assert processes.lost(TimeoutError("a web server's")) is None
