@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",  # hashlib.file_digest
     packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
+    package_data={"proxy_jax.cpu": ["*.cc"]},
     py_modules=["launch", "manifest", "native_stderr", "processes"],
     install_requires=[
         f"jax{JAX}",

@@ -20,6 +20,7 @@ from proxy_jax.checkpoints.loading import (
 )
 from proxy_jax.checkpoints.names import tensors
 from proxy_jax.checkpoints.native import find_run
+from proxy_jax.cpu import products
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
@@ -337,7 +338,8 @@ def load_trio(
                 stacked=stacked_layers,
                 quantize=one.quantize,
                 # What CPUs multiply fastest.
-                turned=place.platform == "cpu" and jnp.dtype(one.dtype).itemsize == 2,
+                turned=place.platform == "cpu"
+                and (jnp.dtype(one.dtype).itemsize == 2 or products.available()),
                 progress=progress,
             )
         params.append(_adapted(trio, one, loaded[key], place))

@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from proxy_jax.cpu import products
+
 _FEW = 16  # rows, in front of which a weight stands on CPUs
 
 
@@ -81,6 +83,9 @@ def of_rows(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array
     def anywhere(x: jax.Array, weight: jax.Array) -> jax.Array:
         return contract(spec, x, weight, dtype)
 
+    def by_xla_on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return _by_xla_on_cpu(spec, x, weight, dtype)
+
     def on_cpu(x: jax.Array, weight: jax.Array) -> jax.Array:
         return _on_cpu(spec, x, weight, dtype)
 
@@ -96,12 +101,24 @@ def of_rows(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array
     def _(size: int, batched: list[bool], x: jax.Array, weight: jax.Array) -> Any:
         if batched == [True, False]:  # the roles of a pass, with one weight: so many more rows
             return of_rows(f"Z{letters},{w_letters}->Z{result}", x, weight, dtype), True
-        return jax.vmap(run.fun, [0 if b else None for b in batched])(x, weight), True
+        each = [0 if b else None for b in batched]
+        by_xla = functools.partial(jax.lax.platform_dependent, cpu=by_xla_on_cpu, default=anywhere)
+        return jax.vmap(by_xla, each)(x, weight), True
 
     return run(x, weight)
 
 
 def _on_cpu(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """`of_rows` by the kernels, or by XLA where there is none for the weight."""
+    operands, result = spec.split("->")
+    outputs_first = operands.split(",")[1][0] in result
+    if outputs_first and products.available() and products.SUMS.get(x.dtype.name) == dtype:
+        made = products.product(x.reshape(-1, weight.shape[1]), weight)
+        return made.reshape(*x.shape[:-1], -1)
+    return _by_xla_on_cpu(spec, x, weight, dtype)
+
+
+def _by_xla_on_cpu(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     """`of_rows` as XLA's CPU compiler does it quickly.
 
     Its products of numbers below 32 bits are quick for two rows or more, not for one: one row is
@@ -114,7 +131,7 @@ def _on_cpu(spec: str, x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array
     shape = [size for letter, size in zip(letters, x.shape, strict=True) if letter in result]
     rows = math.prod(shape)
     if x.dtype.itemsize < 4 and rows == 1:
-        return _on_cpu(spec, jnp.concatenate([x, x]), weight, dtype)[:1]
+        return _by_xla_on_cpu(spec, jnp.concatenate([x, x]), weight, dtype)[:1]
     if w_letters[0] not in result:
         return contract(spec, x, weight, dtype)
     flat = x.reshape(rows, -1)

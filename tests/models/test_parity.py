@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from proxy_jax.cpu import products
 from proxy_jax.models import cache as kv
 from proxy_jax.models.decoder import Params, apply, stack_layers
 from proxy_jax.models.layers import Block
@@ -171,7 +172,8 @@ def test_bfloat16_errs_no_more_than_torch(build, name):
     assert 0 < error(np.asarray(ours)) < 1.2 * error(theirs)
 
 
-def test_products_of_bfloat16_are_float32(reference):
+def test_products_of_bfloat16_are_float32(reference, monkeypatch):
+    monkeypatch.setattr(products, "available", lambda: False)
     config = reference.config
     params = parameters(reference, stacked=False, dtype=jnp.bfloat16)
     cache = kv.KVCache.zeros(config, ROWS, LENGTH, jnp.bfloat16, stacked=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from proxy_jax.cpu import products
 from proxy_jax.models import cache as kv
 from proxy_jax.models import turned
 from proxy_jax.models.decoder import apply, init
@@ -32,6 +33,16 @@ CONFIG = config_from_hf(
 )
 
 
+@pytest.fixture(params=["kernels", "XLA"])
+def by(request, monkeypatch):
+    """Who multiplies on CPU."""
+    if request.param == "XLA":
+        monkeypatch.setattr(products, "available", lambda: False)
+    elif not products.available():
+        pytest.skip("this machine has no kernels")
+
+
+@pytest.mark.usefixtures("by")
 @pytest.mark.parametrize("spec", ["BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,DF->BTF"])
 @pytest.mark.parametrize("rows", [(1, 1), (3, 2), (20, 3)], ids=["one row", "few", "many"])
 @pytest.mark.parametrize("roles", [0, 2], ids=["one role", "two roles"])
@@ -63,6 +74,7 @@ def to_8_bits(leaf, inputs):
     return Quantized(*map(jnp.asarray, quantise(weight, weight.ndim - inputs)))
 
 
+@pytest.mark.usefixtures("by")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="about XLA's CPU compiler")
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("store", [turn, to_8_bits])

@@ -1,0 +1,234 @@
+// Products of activations x[rows, in] and a weight w[outs, in] for CPUs with AVX-512. Every result is
+// the dot product of a row of x and one of w, both read as they lie, and is summed in one order,
+// whatever the other rows are: register after register into the lanes of one, then the lanes in a
+// tree, then chunk after chunk of the inputs.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int64_t kVector = 64;             // bytes of a register
+constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile reads stay in L1
+constexpr int kRows = 4, kOuts = 6;         // of a tile: 24 sums, each in a register
+constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: a chunk stays in L2
+constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
+
+// What differs between types: the sums that a register holds, and one step of them.
+struct Float {
+  using Out = float;
+  using Register = __m512;
+  static __m512 Floats(__m512 sum) { return sum; }
+  static __m512 Sum(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static __m512i Activations(__m512i x) { return x; }
+};
+
+struct Float32 : Float {
+  static constexpr int64_t kBytes = 4;
+  static __m512 Step(__m512 sum, __m512i x, __m512i w) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
+  }
+};
+
+struct BFloat16 : Float {
+  static constexpr int64_t kBytes = 2;
+  static __m512 Step(__m512 sum, __m512i x, __m512i w) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
+  }
+};
+
+// The instruction multiplies unsigned with signed numbers: 128 is added to the activations, and
+// 128 times the sum of the weights taken off the result.
+struct Int8 {
+  using Out = int32_t;
+  using Register = __m512i;
+  static constexpr int64_t kBytes = 1;
+  static __m512 Floats(__m512i sum) { return _mm512_castsi512_ps(sum); }
+  static __m512 Sum(__m512 a, __m512 b) {
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static __m512i Activations(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static __m512i Step(__m512i sum, __m512i x, __m512i w) {
+    // The intrinsic makes GCC 12 copy the sums before and after.
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return sum;
+  }
+};
+
+// Sums over the lanes of each of 8 registers.
+template <class T>
+inline __m256 Lanes(const __m512 (&v)[8]) {
+  __m512 two[4], four[2];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    two[i] = T::Sum(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                    _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    four[i] = T::Sum(_mm512_shuffle_ps(two[2 * i], two[2 * i + 1], 0x44),
+                     _mm512_shuffle_ps(two[2 * i], two[2 * i + 1], 0xEE));
+  }
+  const __m512 half = T::Sum(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                             _mm512_shuffle_f32x4(four[0], four[1], 0xDD));
+  const __m512 whole = T::Sum(half, _mm512_shuffle_f32x4(half, half, 0xB1));
+  return _mm512_castps512_ps256(_mm512_shuffle_f32x4(whole, whole, 0x08));
+}
+
+// R rows times O outputs over one chunk of the inputs; adds to y, or begins it.
+template <class T, int R, int O>
+inline void Tile(const char* x, const char* w, typename T::Out* y, int64_t stride, int64_t bytes,
+                 int64_t outs, bool first) {
+  typename T::Register sums[R][O];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) sums[r][o] = typename T::Register{};
+  for (int64_t i = 0; i < bytes; i += kVector) {
+    __m512i weights[O];
+#pragma GCC unroll 8
+    for (int o = 0; o < O; ++o) weights[o] = _mm512_loadu_si512(w + o * stride + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const __m512i activations = T::Activations(_mm512_loadu_si512(x + r * stride + i));
+#pragma GCC unroll 8
+      for (int o = 0; o < O; ++o) sums[r][o] = T::Step(sums[r][o], activations, weights[o]);
+    }
+  }
+  constexpr int kGroups = (R * O + 7) / 8;
+  alignas(32) typename T::Out made[8 * kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) {
+    __m512 v[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      const int n = 8 * g + j;
+      v[j] = n < R * O ? T::Floats(sums[n / O][n % O]) : _mm512_setzero_ps();
+    }
+    _mm256_store_ps(reinterpret_cast<float*>(made + 8 * g), Lanes<T>(v));
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int o = 0; o < O; ++o) {
+      typename T::Out& result = y[r * outs + o];
+      result = made[r * O + o] + (first ? 0 : result);
+    }
+  }
+}
+
+template <class T, int R>
+inline void Row(const char* x, const char* w, typename T::Out* y, int64_t stride, int64_t bytes,
+                int64_t outs, int64_t count, bool first) {
+  int64_t o = 0;
+  for (; o + kOuts <= count; o += kOuts) {
+    Tile<T, R, kOuts>(x, w + o * stride, y + o, stride, bytes, outs, first);
+  }
+  for (; o < count; ++o) Tile<T, R, 1>(x, w + o * stride, y + o, stride, bytes, outs, first);
+}
+
+// All rows times all outputs of a block, over one chunk. `shift` is what Int8 has to take off.
+template <class T>
+void Chunk(const char* x, const char* w, typename T::Out* y, int32_t* shift, int64_t rows,
+           int64_t stride, int64_t bytes, int64_t outs, int64_t count, bool first) {
+  if constexpr (std::is_same_v<T, Int8>) {
+    alignas(kVector) static constexpr char kZeros[kChunk] = {};
+    Row<T, 1>(kZeros, w, shift, stride, bytes, 0, count, first);
+  }
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    Row<T, kRows>(x + r * stride, w, y + r * outs, stride, bytes, outs, count, first);
+  }
+  for (; r < rows; ++r) {
+    Row<T, 1>(x + r * stride, w, y + r * outs, stride, bytes, outs, count, first);
+  }
+}
+
+// What rows have past their last whole register, with zeros behind it.
+std::vector<char> Tails(const char* p, int64_t rows, int64_t stride, int64_t whole) {
+  std::vector<char> tails(rows * kVector);
+  for (int64_t r = 0; r < rows; ++r) {
+    std::copy(p + r * stride + whole, p + (r + 1) * stride, tails.data() + r * kVector);
+  }
+  return tails;
+}
+
+// All rows times the outputs [from, to).
+template <class T>
+void Block(const char* x, const char* w, typename T::Out* y, int64_t rows, int64_t stride,
+           int64_t outs, int64_t from, int64_t to) {
+  const int64_t count = to - from, whole = stride / kVector * kVector;
+  w += from * stride;
+  y += from;
+  int32_t shift[kBlock];
+  for (int64_t at = 0; at < whole; at += kChunk) {
+    const int64_t bytes = std::min(kChunk, whole - at);
+    Chunk<T>(x + at, w + at, y, shift, rows, stride, bytes, outs, count, at == 0);
+  }
+  if (whole < stride) {
+    const auto x_tails = Tails(x, rows, stride, whole), w_tails = Tails(w, count, stride, whole);
+    Chunk<T>(x_tails.data(), w_tails.data(), y, shift, rows, kVector, kVector, outs, count,
+             whole == 0);
+  }
+  if constexpr (std::is_same_v<T, Int8>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t o = 0; o < count; ++o) y[r * outs + o] -= shift[o];
+    }
+  }
+}
+
+template <class T, ffi::DataType kIn, ffi::DataType kOut>
+ffi::Future Product(ffi::ThreadPool pool, ffi::Buffer<kIn, 2> x, ffi::Buffer<kIn, 2> w,
+                    ffi::Result<ffi::Buffer<kOut, 2>> y) {
+  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], outs = w.dimensions()[0];
+  const int64_t blocks = (outs + kBlock - 1) / kBlock;
+  const auto next = std::make_shared<std::atomic<int64_t>>(0);
+  const auto work = [=, x = static_cast<const char*>(x.untyped_data()),
+                     w = static_cast<const char*>(w.untyped_data()),
+                     y = static_cast<typename T::Out*>(y->untyped_data())] {
+    for (int64_t b; (b = next->fetch_add(1)) < blocks;) {
+      Block<T>(x, w, y, rows, in * T::kBytes, outs, b * kBlock, std::min(outs, (b + 1) * kBlock));
+    }
+  };
+  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread + 1);
+  const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, useful);
+  ffi::CountDownPromise done(threads);
+  ffi::Future future(done);
+  for (int64_t t = 1; t < threads; ++t) {
+    pool.Schedule([work, done]() mutable {
+      work();
+      done.CountDown();
+    });
+  }
+  work();
+  done.CountDown();
+  return future;
+}
+
+template <ffi::DataType kIn, ffi::DataType kOut>
+auto Binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .template Arg<ffi::Buffer<kIn, 2>>()
+      .template Arg<ffi::Buffer<kIn, 2>>()
+      .template Ret<ffi::Buffer<kOut, 2>>();
+}
+
+constexpr auto kProductFloat32 = Product<Float32, ffi::F32, ffi::F32>;
+constexpr auto kProductBFloat16 = Product<BFloat16, ffi::BF16, ffi::F32>;
+constexpr auto kProductInt8 = Product<Int8, ffi::S8, ffi::S32>;
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(float32, kProductFloat32, (Binding<ffi::F32, ffi::F32>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bfloat16, kProductBFloat16, (Binding<ffi::BF16, ffi::F32>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(int8, kProductInt8, (Binding<ffi::S8, ffi::S32>()));
