@@ -68,15 +68,21 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _partition(mesh: Mesh, arguments: tuple, result: jax.ShapeDtypeStruct) -> tuple:
     x, weight = (a.sharding.spec for a in arguments)
-    summed = weight[1]
+    outputs, summed = weight
+    # The weight stays where it is: rows that lie along its axes are gathered.
+    rows = tuple(axis for axis in _axes(x[0]) if axis not in _axes(outputs) + _axes(summed))
 
     def of_device(x: jax.Array, weight: jax.Array) -> jax.Array:
         part = product.fun(x, weight)
         return jax.lax.psum(part, summed) if summed else part
 
-    specs = (x[0], weight[0]), (x[0], summed), (weight[0], summed)
+    specs = (rows, outputs), (rows, summed), (outputs, summed)
     made, *given = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs)
     return mesh, of_device, made, tuple(given)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 product.def_partition(partition=_partition, sharding_rule="r i, o i -> r o")

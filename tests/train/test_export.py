@@ -15,9 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from proxy_jax.checkpoints import adapters, safetensors
 from proxy_jax.checkpoints.adapters import with_adapter
+from proxy_jax.checkpoints.loading import load_params
+from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import Rope
 from proxy_jax.models.decoder import apply, init
+from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import is_adapted
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.trio import ModelSpec, load_trio
@@ -79,8 +82,9 @@ def logits_of(model: Any) -> np.ndarray:
 
 def loaded(tuned: Tuned, place: Placement, *, stacked: bool) -> tuple[Any, Any, Lora]:
     """Config and weights of the base, and the adapter by itself, as training has them."""
-    trio = load_trio(str(tuned.base), place=place, stacked_layers=stacked)
-    config, params = trio.passes[0].config, trio.params[0]
+    checkpoint = SafetensorsCheckpoint(tuned.base)
+    config = config_from_hf(checkpoint.hf_config)
+    params = load_params([checkpoint], config, "float32", place, stacked=stacked)
 
     def pairs(tree: Any) -> Any:
         if isinstance(tree, tuple):
