@@ -35,8 +35,8 @@ _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "
 
 @functools.cache
 def available() -> bool:
-    """Whether this machine runs the kernels. Warns if all that is missing is a compiler."""
-    if not _has_instructions():
+    """Whether this process runs the kernels. Warns if all that is missing is a compiler."""
+    if jax.default_backend() != "cpu" or not _has_instructions():
         return False
     try:
         library = ctypes.CDLL(str(_compiled()))

@@ -1,7 +1,8 @@
 """Weights stored with their outputs first, and their products with activations.
 
-That is the order of checkpoint files. XLA's CPU products of fewer than 32 bits read a weight so
-about 1.5 times as fast; in float32, and on accelerators, inputs come first (layers.py).
+That is the order of checkpoint files, and the one that the CPU's kernels read (cpu/products.py);
+XLA's own CPU products of fewer than 32 bits, too, read a weight so about 1.5 times as fast. On
+accelerators, and on CPUs without the kernels in float32, inputs come first (layers.py).
 """
 
 from __future__ import annotations
