@@ -330,6 +330,9 @@ def load_trio(
         key = trio.tree_key(one)
         if key not in loaded:
             roles = one.roles[:1] if one.shared else one.roles
+            # What CPUs multiply fastest; of two stacked weights XLA makes the product.
+            kernels = len(roles) == 1 and products.available()
+            short = jnp.dtype(one.dtype).itemsize == 2
             loaded[key] = load_params(
                 [trio.members[role].checkpoint for role in roles],
                 one.config,
@@ -337,9 +340,7 @@ def load_trio(
                 place,
                 stacked=stacked_layers,
                 quantize=one.quantize,
-                # What CPUs multiply fastest.
-                turned=place.platform == "cpu"
-                and (jnp.dtype(one.dtype).itemsize == 2 or products.available()),
+                turned=place.platform == "cpu" and (short or kernels),
                 progress=progress,
             )
         params.append(_adapted(trio, one, loaded[key], place))
