@@ -66,7 +66,7 @@ struct Int8 {
   }
 };
 
-// Sums over the lanes of each of 8 registers.
+// Sums over the lanes of each of 8 registers, shuffled as floats whatever they hold.
 template <class T>
 inline __m256 Lanes(const __m512 (&v)[8]) {
   __m512 two[4], four[2];
@@ -86,7 +86,8 @@ inline __m256 Lanes(const __m512 (&v)[8]) {
   return _mm512_castps512_ps256(_mm512_shuffle_f32x4(whole, whole, 0x08));
 }
 
-// R rows times O outputs over one chunk of the inputs; adds to y, or begins it.
+// R rows times O outputs over one chunk of the inputs; adds to y, or begins it. The loops over both
+// are unrolled, or the sums would not be in registers.
 template <class T, int R, int O>
 inline void Tile(const char* x, const char* w, typename T::Out* y, int64_t stride, int64_t bytes,
                  int64_t outs, bool first) {
