@@ -200,8 +200,8 @@ ffi::Future Product(ffi::ThreadPool pool, ffi::Buffer<kIn, 2> x, ffi::Buffer<kIn
       Block<T>(x, w, y, rows, in * T::kBytes, outs, b * kBlock, std::min(outs, (b + 1) * kBlock));
     }
   };
-  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread + 1);
-  const int64_t threads = std::clamp<int64_t>(pool.num_threads(), 1, useful);
+  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread);
+  const int64_t threads = std::max<int64_t>(1, std::min(pool.num_threads(), useful));
   ffi::CountDownPromise done(threads);
   ffi::Future future(done);
   for (int64_t t = 1; t < threads; ++t) {
