@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -22,6 +23,7 @@ constexpr int64_t kVector = 64;             // bytes of a register
 constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile reads stay in L1
 constexpr int kRows = 4, kOuts = 6;         // of a tile: 24 sums, each in a register
 constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: a chunk stays in L2
+constexpr int64_t kAhead = 1024;            // bytes of a row, fetched while others come
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
 
 // What differs between types: the sums that a register holds, and one step of them.
@@ -30,7 +32,7 @@ struct Float {
   using Register = __m512;
   static __m512 Floats(__m512 sum) { return sum; }
   static __m512 Sum(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
-  static __m512i Activations(__m512i x) { return x; }
+  static __m512i Weights(__m512i w) { return w; }
 };
 
 struct Float32 : Float {
@@ -47,8 +49,8 @@ struct BFloat16 : Float {
   }
 };
 
-// The instruction multiplies unsigned with signed numbers: 128 is added to the activations, and
-// 128 times the sum of the weights taken off the result.
+// The instruction multiplies unsigned with signed numbers: 128 is added to the weights, and 128 times
+// the sum of the activations taken off the result.
 struct Int8 {
   using Out = int32_t;
   using Register = __m512i;
@@ -58,10 +60,10 @@ struct Int8 {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
   }
-  static __m512i Activations(__m512i x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }
+  static __m512i Weights(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
   static __m512i Step(__m512i sum, __m512i x, __m512i w) {
     // The intrinsic makes GCC 12 copy the sums before and after.
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
     return sum;
   }
 };
@@ -87,22 +89,27 @@ inline __m256 Lanes(const __m512 (&v)[8]) {
 }
 
 // R rows times O outputs over one chunk of the inputs; adds to y, or begins it. The loops over both
-// are unrolled, or the sums would not be in registers.
-template <class T, int R, int O>
-inline void Tile(const char* x, const char* w, typename T::Out* y, int64_t stride, int64_t bytes,
-                 int64_t outs, bool first) {
+// are unrolled, or the sums would not be in registers. Fetches what P outputs from `ahead` on have in
+// its place.
+template <class T, int R, int O, int P>
+inline void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y,
+                 int64_t stride, int64_t bytes, int64_t outs, bool first) {
   typename T::Register sums[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) sums[r][o] = typename T::Register{};
   for (int64_t i = 0; i < bytes; i += kVector) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) _mm_prefetch(ahead + p * stride + i, _MM_HINT_T1);
     __m512i weights[O];
 #pragma GCC unroll 8
-    for (int o = 0; o < O; ++o) weights[o] = _mm512_loadu_si512(w + o * stride + i);
+    for (int o = 0; o < O; ++o) {
+      weights[o] = T::Weights(_mm512_loadu_si512(w + o * stride + i));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const __m512i activations = T::Activations(_mm512_loadu_si512(x + r * stride + i));
+      const __m512i activations = _mm512_loadu_si512(x + r * stride + i);
 #pragma GCC unroll 8
       for (int o = 0; o < O; ++o) sums[r][o] = T::Step(sums[r][o], activations, weights[o]);
     }
@@ -127,31 +134,42 @@ inline void Tile(const char* x, const char* w, typename T::Out* y, int64_t strid
   }
 }
 
-template <class T, int R>
-inline void Row(const char* x, const char* w, typename T::Out* y, int64_t stride, int64_t bytes,
-                int64_t outs, int64_t count, bool first) {
+template <class T, int R, int P>
+void Row(const char* x, const char* w, const char* ahead, typename T::Out* y, int64_t stride,
+         int64_t bytes, int64_t outs, int64_t count, bool first) {
   int64_t o = 0;
   for (; o + kOuts <= count; o += kOuts) {
-    Tile<T, R, kOuts>(x, w + o * stride, y + o, stride, bytes, outs, first);
+    const int64_t at = o * stride;
+    Tile<T, R, kOuts, P>(x, w + at, ahead + at, y + o, stride, bytes, outs, first);
   }
-  for (; o < count; ++o) Tile<T, R, 1>(x, w + o * stride, y + o, stride, bytes, outs, first);
+  for (; o < count; ++o) {
+    Tile<T, R, 1, 0>(x, w + o * stride, nullptr, y + o, stride, bytes, outs, first);
+  }
 }
 
-// All rows times all outputs of a block, over one chunk. `shift` is what Int8 has to take off.
+// All rows times all outputs of a block, over one chunk. The first rows of several wait for the memory
+// and fetch a little ahead. The others find the chunk in L2 and meanwhile fetch the next one, each so
+// many of its outputs as the memory gives in the time.
 template <class T>
-void Chunk(const char* x, const char* w, typename T::Out* y, int32_t* shift, int64_t rows,
+void Chunk(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
            int64_t stride, int64_t bytes, int64_t outs, int64_t count, bool first) {
-  if constexpr (std::is_same_v<T, Int8>) {
-    alignas(kVector) static constexpr char kZeros[kChunk] = {};
-    Row<T, 1>(kZeros, w, shift, stride, bytes, 0, count, first);
-  }
-  int64_t r = 0;
+  const auto run = [&](auto row, int64_t r, const char* ahead) {
+    row(x + r * stride, w, ahead, y + r * outs, stride, bytes, outs, count, first);
+  };
+  const int64_t others = rows / kRows - 1;
+  const int64_t each = others < 3 ? 0 : others < kOuts ? 2 : 1;
+  int64_t r = 0, from = next == nullptr ? kOuts : 0;
   for (; r + kRows <= rows; r += kRows) {
-    Row<T, kRows>(x + r * stride, w, y + r * outs, stride, bytes, outs, count, first);
+    if (r == 0) {
+      run(Row<T, kRows, kOuts>, r, w + kAhead);
+    } else if (each == 0 || from == kOuts) {
+      run(Row<T, kRows, 0>, r, w);
+    } else {
+      run(each == 1 ? Row<T, kRows, 1> : Row<T, kRows, 2>, r, next + from * stride);
+      from += each;
+    }
   }
-  for (; r < rows; ++r) {
-    Row<T, 1>(x + r * stride, w, y + r * outs, stride, bytes, outs, count, first);
-  }
+  for (; r < rows; ++r) run(Row<T, 1, 0>, r, w);
 }
 
 // What rows have past their last whole register, with zeros behind it.
@@ -163,28 +181,44 @@ std::vector<char> Tails(const char* p, int64_t rows, int64_t stride, int64_t who
   return tails;
 }
 
-// All rows times the outputs [from, to).
+// All rows times the outputs [from, to); `after` is where the thread's next ones begin, or none.
 template <class T>
-void Block(const char* x, const char* w, typename T::Out* y, int64_t rows, int64_t stride,
-           int64_t outs, int64_t from, int64_t to) {
+void Block(const char* x, const char* w, typename T::Out* y, const int32_t* shifts, int64_t rows,
+           int64_t stride, int64_t outs, int64_t from, int64_t to, int64_t after) {
   const int64_t count = to - from, whole = stride / kVector * kVector;
+  const char* const next_block = after + count <= outs ? w + after * stride : nullptr;
   w += from * stride;
   y += from;
-  int32_t shift[kBlock];
   for (int64_t at = 0; at < whole; at += kChunk) {
     const int64_t bytes = std::min(kChunk, whole - at);
-    Chunk<T>(x + at, w + at, y, shift, rows, stride, bytes, outs, count, at == 0);
+    const char* const next = at + kChunk < whole ? w + at + kChunk : next_block;
+    Chunk<T>(x + at, w + at, next, y, rows, stride, bytes, outs, count, at == 0);
   }
   if (whole < stride) {
     const auto x_tails = Tails(x, rows, stride, whole), w_tails = Tails(w, count, stride, whole);
-    Chunk<T>(x_tails.data(), w_tails.data(), y, shift, rows, kVector, kVector, outs, count,
+    Chunk<T>(x_tails.data(), w_tails.data(), nullptr, y, rows, kVector, kVector, outs, count,
              whole == 0);
   }
   if constexpr (std::is_same_v<T, Int8>) {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t o = 0; o < count; ++o) y[r * outs + o] -= shift[o];
+      for (int64_t o = 0; o < count; ++o) y[r * outs + o] -= shifts[r];
     }
   }
+}
+
+// 128 times the sum of each row.
+std::vector<int32_t> Shifts(const int8_t* x, int64_t rows, int64_t in) {
+  std::vector<int32_t> shifts(rows);
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < in; i += kVector) {
+      const auto which = _cvtu64_mask64(~uint64_t{0} >> (kVector - std::min(kVector, in - i)));
+      const __m512i numbers = _mm512_maskz_loadu_epi8(which, x + r * in + i);
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), numbers);
+    }
+    shifts[r] = 128 * _mm512_reduce_add_epi32(sum);
+  }
+  return shifts;
 }
 
 template <class T, ffi::DataType kIn, ffi::DataType kOut>
@@ -192,16 +226,20 @@ ffi::Future Product(ffi::ThreadPool pool, ffi::Buffer<kIn, 2> x, ffi::Buffer<kIn
                     ffi::Result<ffi::Buffer<kOut, 2>> y) {
   const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], outs = w.dimensions()[0];
   const int64_t blocks = (outs + kBlock - 1) / kBlock;
+  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread);
+  const int64_t threads = std::max<int64_t>(1, std::min(pool.num_threads(), useful));
+  std::vector<int32_t> shifts;
+  if constexpr (std::is_same_v<T, Int8>) shifts = Shifts(x.typed_data(), rows, in);
   const auto next = std::make_shared<std::atomic<int64_t>>(0);
-  const auto work = [=, x = static_cast<const char*>(x.untyped_data()),
+  const auto work = [=, shifts = std::make_shared<const std::vector<int32_t>>(std::move(shifts)),
+                     x = static_cast<const char*>(x.untyped_data()),
                      w = static_cast<const char*>(w.untyped_data()),
                      y = static_cast<typename T::Out*>(y->untyped_data())] {
     for (int64_t b; (b = next->fetch_add(1)) < blocks;) {
-      Block<T>(x, w, y, rows, in * T::kBytes, outs, b * kBlock, std::min(outs, (b + 1) * kBlock));
+      Block<T>(x, w, y, shifts->data(), rows, in * T::kBytes, outs, b * kBlock,
+               std::min(outs, (b + 1) * kBlock), (b + threads) * kBlock);
     }
   };
-  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread);
-  const int64_t threads = std::max<int64_t>(1, std::min(pool.num_threads(), useful));
   ffi::CountDownPromise done(threads);
   ffi::Future future(done);
   for (int64_t t = 1; t < threads; ++t) {
