@@ -22,7 +22,8 @@ namespace {
 constexpr int64_t kVector = 64;             // bytes of a register
 constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile reads stay in L1
 constexpr int kRows = 4, kOuts = 6;         // of a tile: 24 sums, each in a register
-constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: a chunk stays in L2
+constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: their chunk stays in L2
+constexpr int64_t kStripe = 128;            // rows whose chunk stays in L2
 constexpr int64_t kAhead = 1024;            // bytes of a row, fetched while others come
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
 
@@ -92,8 +93,8 @@ inline __m256 Lanes(const __m512 (&v)[8]) {
 // are unrolled, or the sums would not be in registers. Fetches what P outputs from `ahead` on have in
 // its place.
 template <class T, int R, int O, int P>
-inline void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y,
-                 int64_t stride, int64_t bytes, int64_t outs, bool first) {
+void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, int64_t stride,
+          int64_t bytes, int64_t outs, bool first) {
   typename T::Register sums[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -134,42 +135,52 @@ inline void Tile(const char* x, const char* w, const char* ahead, typename T::Ou
   }
 }
 
-template <class T, int R, int P>
-void Row(const char* x, const char* w, const char* ahead, typename T::Out* y, int64_t stride,
-         int64_t bytes, int64_t outs, int64_t count, bool first) {
-  int64_t o = 0;
-  for (; o + kOuts <= count; o += kOuts) {
-    const int64_t at = o * stride;
-    Tile<T, R, kOuts, P>(x, w + at, ahead + at, y + o, stride, bytes, outs, first);
-  }
-  for (; o < count; ++o) {
-    Tile<T, R, 1, 0>(x, w + o * stride, nullptr, y + o, stride, bytes, outs, first);
-  }
-}
-
-// All rows times all outputs of a block, over one chunk. The first rows of several wait for the memory
-// and fetch a little ahead. The others find the chunk in L2 and meanwhile fetch the next one, each so
-// many of its outputs as the memory gives in the time.
-template <class T>
-void Chunk(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
-           int64_t stride, int64_t bytes, int64_t outs, int64_t count, bool first) {
-  const auto run = [&](auto row, int64_t r, const char* ahead) {
-    row(x + r * stride, w, ahead, y + r * outs, stride, bytes, outs, count, first);
+// All rows times O outputs over one chunk. Of few rows the first wait for the memory, and fetch a
+// little ahead. Of many the others, which find the weights in L1, fetch meanwhile those of the next
+// outputs, each so many as the memory gives in the time.
+template <class T, int O>
+void Column(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
+            int64_t stride, int64_t bytes, int64_t outs, bool first) {
+  const auto run = [&](auto tile, int64_t r, const char* ahead) {
+    tile(x + r * stride, w, ahead, y + r * outs, stride, bytes, outs, first);
   };
   const int64_t others = rows / kRows - 1;
-  const int64_t each = others < 3 ? 0 : others < kOuts ? 2 : 1;
-  int64_t r = 0, from = next == nullptr ? kOuts : 0;
+  const int64_t each = others < 3 ? 0 : others < O ? 2 : 1;
+  int64_t r = 0, from = next == nullptr ? O : 0;
   for (; r + kRows <= rows; r += kRows) {
-    if (r == 0) {
-      run(Row<T, kRows, kOuts>, r, w + kAhead);
-    } else if (each == 0 || from == kOuts) {
-      run(Row<T, kRows, 0>, r, w);
+    if (r == 0 && each == 0) {
+      run(Tile<T, kRows, O, O>, r, w + kAhead);
+    } else if (r == 0 || each == 0 || from + each > O) {
+      run(Tile<T, kRows, O, 0>, r, w);
     } else {
-      run(each == 1 ? Row<T, kRows, 1> : Row<T, kRows, 2>, r, next + from * stride);
+      run(each == 1 ? Tile<T, kRows, O, 1> : Tile<T, kRows, O, 2>, r, next + from * stride);
       from += each;
     }
   }
-  for (; r < rows; ++r) run(Row<T, 1, 0>, r, w);
+  if (rows - r == 1) run(Tile<T, 1, O, 0>, r, w);
+  if (rows - r == 2) run(Tile<T, 2, O, 0>, r, w);
+  if (rows - r == 3) run(Tile<T, 3, O, 0>, r, w);
+}
+
+// All rows times all outputs of a block over one chunk; `next` is where the next one lies, or none.
+template <class T>
+void Chunk(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
+           int64_t stride, int64_t bytes, int64_t outs, int64_t count, bool first) {
+  for (int64_t r = 0; r < rows; r += kStripe) {
+    const int64_t stripe = std::min(kStripe, rows - r);
+    const char* const x_stripe = x + r * stride;
+    const auto y_stripe = y + r * outs;
+    int64_t o = 0;
+    for (; o + kOuts <= count; o += kOuts) {
+      const char* const after = o + 2 * kOuts <= count ? w + (o + kOuts) * stride : next;
+      Column<T, kOuts>(x_stripe, w + o * stride, after, y_stripe + o, stripe, stride, bytes, outs,
+                       first);
+    }
+    for (; o < count; ++o) {
+      Column<T, 1>(x_stripe, w + o * stride, nullptr, y_stripe + o, stripe, stride, bytes, outs,
+                   first);
+    }
+  }
 }
 
 // What rows have past their last whole register, with zeros behind it.
