@@ -1,5 +1,5 @@
-// Products of activations x[rows, in] and a weight w[outs, in] for CPUs with AVX-512. Every result is
-// the dot product of a row of x and one of w, both read as they lie, and is summed in one order,
+// Products of activations x[rows, in] and a weight w[outs, in] for CPUs with AVX-512. Every result
+// is the dot product of a row of x and one of w, both read as they lie, and is summed in one order,
 // whatever the other rows are: register after register into the lanes of one, then the lanes in a
 // tree, then chunk after chunk of the inputs.
 
@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kVector = 64;             // bytes of a register
 constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile reads stay in L1
 constexpr int kRows = 4, kOuts = 6;         // of a tile: 24 sums, each in a register
-constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: their chunk stays in L2
+constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: a chunk stays in L2
 constexpr int64_t kStripe = 128;            // rows whose chunk stays in L2
 constexpr int64_t kAhead = 1024;            // bytes of a row, fetched while others come
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
@@ -50,8 +50,8 @@ struct BFloat16 : Float {
   }
 };
 
-// The instruction multiplies unsigned with signed numbers: 128 is added to the weights, and 128 times
-// the sum of the activations taken off the result.
+// The instruction multiplies unsigned with signed numbers: 128 is added to the weights, and
+// 128 times the sum of the activations taken off the result.
 struct Int8 {
   using Out = int32_t;
   using Register = __m512i;
@@ -90,8 +90,8 @@ inline __m256 Lanes(const __m512 (&v)[8]) {
 }
 
 // R rows times O outputs over one chunk of the inputs; adds to y, or begins it. The loops over both
-// are unrolled, or the sums would not be in registers. Fetches what P outputs from `ahead` on have in
-// its place.
+// are unrolled, or the sums would not be in registers. Fetches what P outputs from `ahead` on have
+// in its place.
 template <class T, int R, int O, int P>
 void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, int64_t stride,
           int64_t bytes, int64_t outs, bool first) {
