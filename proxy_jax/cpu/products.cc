@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t kVector = 64;             // bytes of a register
 constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile reads stay in L1
-constexpr int kRows = 4, kOuts = 6;         // of a tile: 24 sums, each in a register
-constexpr int64_t kBlock = 10 * kOuts;      // outputs a thread takes at a time: a chunk stays in L2
+constexpr int kRows = 3, kOuts = 8;         // of a tile: 24 sums, each in a register
+constexpr int64_t kBlock = 8 * kOuts;       // outputs a thread takes at a time: a chunk stays in L2
 constexpr int64_t kStripe = 128;            // rows whose chunk stays in L2
 constexpr int64_t kAhead = 1024;            // bytes of a row, fetched while others come
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
@@ -33,6 +33,7 @@ struct Float {
   using Register = __m512;
   static __m512 Floats(__m512 sum) { return sum; }
   static __m512 Sum(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+  static __m256 Sum(__m256 a, __m256 b) { return _mm256_add_ps(a, b); }
   static __m512i Weights(__m512i w) { return w; }
 };
 
@@ -60,6 +61,10 @@ struct Int8 {
   static __m512 Sum(__m512 a, __m512 b) {
     return _mm512_castsi512_ps(
         _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static __m256 Sum(__m256 a, __m256 b) {
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(a), _mm256_castps_si256(b)));
   }
   static __m512i Weights(__m512i w) { return _mm512_xor_si512(w, _mm512_set1_epi8(-128)); }
   static __m512i Step(__m512i sum, __m512i x, __m512i w) {
@@ -103,35 +108,26 @@ void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, i
   for (int64_t i = 0; i < bytes; i += kVector) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) _mm_prefetch(ahead + p * stride + i, _MM_HINT_T1);
-    __m512i weights[O];
+    __m512i activations[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) activations[r] = _mm512_loadu_si512(x + r * stride + i);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      weights[o] = T::Weights(_mm512_loadu_si512(w + o * stride + i));
-    }
+      const __m512i weights = T::Weights(_mm512_loadu_si512(w + o * stride + i));
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const __m512i activations = _mm512_loadu_si512(x + r * stride + i);
-#pragma GCC unroll 8
-      for (int o = 0; o < O; ++o) sums[r][o] = T::Step(sums[r][o], activations, weights[o]);
+      for (int r = 0; r < R; ++r) sums[r][o] = T::Step(sums[r][o], activations[r], weights);
     }
   }
-  constexpr int kGroups = (R * O + 7) / 8;
-  alignas(32) typename T::Out made[8 * kGroups];
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) {
+  for (int r = 0; r < R; ++r) {
     __m512 v[8];
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      const int n = 8 * g + j;
-      v[j] = n < R * O ? T::Floats(sums[n / O][n % O]) : _mm512_setzero_ps();
-    }
-    _mm256_store_ps(reinterpret_cast<float*>(made + 8 * g), Lanes<T>(v));
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int o = 0; o < O; ++o) {
-      typename T::Out& result = y[r * outs + o];
-      result = made[r * O + o] + (first ? 0 : result);
-    }
+    for (int o = 0; o < 8; ++o) v[o] = o < O ? T::Floats(sums[r][o]) : _mm512_setzero_ps();
+    __m256 made = Lanes<T>(v);
+    float* const at = reinterpret_cast<float*>(y + r * outs);
+    constexpr __mmask8 kWhich = (1 << O) - 1;
+    if (!first) made = T::Sum(made, _mm256_maskz_loadu_ps(kWhich, at));
+    _mm256_mask_storeu_ps(at, kWhich, made);
   }
 }
 
@@ -159,7 +155,6 @@ void Column(const char* x, const char* w, const char* next, typename T::Out* y, 
   }
   if (rows - r == 1) run(Tile<T, 1, O, 0>, r, w);
   if (rows - r == 2) run(Tile<T, 2, O, 0>, r, w);
-  if (rows - r == 3) run(Tile<T, 3, O, 0>, r, w);
 }
 
 // All rows times all outputs of a block over one chunk; `next` is where the next one lies, or none.

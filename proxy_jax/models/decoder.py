@@ -184,7 +184,13 @@ def _run_layers(
     visible = distance >= 0
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    cos, sin = _rope_angles(config, positions)
+    if held is None and cache is not None:
+        # The positions are known: otherwise each layer's fusions would make these again for each
+        # head, the barriers notwithstanding.
+        with jax.ensure_compile_time_eval():
+            cos, sin = _rope_angles(config, np.arange(length)[None])
+    else:
+        cos, sin = _rope_angles(config, positions)
     block = _block_graph(config)
     start = positions[:, 0] if written else None
 
