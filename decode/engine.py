@@ -30,7 +30,6 @@ from decode.trace import Trace, distributions, measure
 from proxy_jax.combine import combine
 from proxy_jax.models.cache import KVCache, insert, take
 from proxy_jax.models.decoder import Params, apply
-from proxy_jax.models.lora import role_axes
 from proxy_jax.sharding import Axes, Placement
 from proxy_jax.trio import LoadedTrio, Pass
 
@@ -264,7 +263,7 @@ def _forward(
     if len(one.roles) == 1:
         logits, cache = run(params, cache, tokens[0])
         return logits[None], cache
-    axes, by_role = role_axes(params) if one.shared else 0, _by_role(program)
+    axes, by_role = None if one.shared else 0, _by_role(program)
     return jax.vmap(run, (axes, by_role, 0), (0, by_role))(params, cache, tokens)
 
 

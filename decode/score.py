@@ -29,7 +29,6 @@ from decode.scheduler import bucket
 from proxy_jax.combine import combine
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import Params, hidden_states, unembed
-from proxy_jax.models.lora import role_axes
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Role, Trio
 
@@ -418,4 +417,4 @@ def _each_role(one: Pass, run: Any, params: Params, x: jax.Array) -> jax.Array:
     """run(params, x[r]) for each role of a pass, [R, ...]."""
     if len(one.roles) == 1:
         return run(params, x[0])[None]
-    return jax.vmap(run, in_axes=(role_axes(params) if one.shared else 0, 0))(params, x)
+    return jax.vmap(run, in_axes=(None if one.shared else 0, 0))(params, x)

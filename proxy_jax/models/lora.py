@@ -7,12 +7,14 @@ params, so the model does not know of it: a product with it is x W + scale * (x 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from proxy_jax.models import quantized, turned
 from proxy_jax.models.einsum import dense
@@ -42,7 +44,8 @@ class Adapted:
       a: [in..., R].
       b: [R, out...].
       scale: lora_alpha / R.
-      gate: 1, or 0 where the weight acts as if it had no adapter; None is 1. See `beside_nothing`.
+      first_only: of the roles of a vmap the first has the adapter, the others the weight alone.
+        See `beside_nothing`.
       key: random key of dropout; None outside training.
       dropout: share of the adapter's inputs that are set to 0.
     """
@@ -51,7 +54,7 @@ class Adapted:
     a: Any
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
-    gate: Any = None
+    first_only: bool = dataclasses.field(default=False, metadata={"static": True})
     key: Any = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
@@ -71,16 +74,35 @@ def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Turned | Ad
     if not isinstance(weight, Adapted):
         return dense(spec, x, weight)
     whole = product(spec, x, weight.weight)
+    seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
+    change = functools.partial(_change, spec, weight.scale)
+    return whole + (_of_first(change) if weight.first_only else change)(seen, weight.a, weight.b)
+
+
+def _change(spec: str, scale: float, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """scale * (x A) B in float32."""
     left, right = spec.split("->")
     x_letters, w_letters = left.split(",")
     into = "".join(letter for letter in w_letters if letter in x_letters)
     out = "".join(letter for letter in w_letters if letter not in x_letters)
     kept = "".join(letter for letter in x_letters if letter not in into)
-    seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
-    low = dense(f"{x_letters},{into}R->{kept}R", seen, weight.a).astype(x.dtype)
-    high = dense(f"{kept}R,R{out}->{right}", low, weight.b)
-    scale = weight.scale if weight.gate is None else weight.scale * weight.gate
-    return whole + scale * high
+    low = dense(f"{x_letters},{into}R->{kept}R", x, a).astype(x.dtype)
+    return scale * dense(f"{kept}R,R{out}->{right}", low, b)
+
+
+def _of_first(change: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The change of a product, from a function of x, A and B; under vmap over x that of the first
+    of its rows, and 0 for the others, which are not multiplied."""
+    of_one = jax.custom_batching.custom_vmap(change)
+
+    @of_one.def_vmap
+    def _(roles: int, batched: Sequence[bool], x: Any, a: Any, b: Any) -> tuple[jax.Array, bool]:
+        assert list(batched) == [True, False, False]
+        first = change(x[0], a, b)
+        is_first = np.float32(np.arange(roles) == 0)
+        return jnp.expand_dims(is_first, range(1, 1 + first.ndim)) * first[None], True
+
+    return of_one
 
 
 def attach(params: Any, adapter: Any, scale: float) -> Any:
@@ -126,31 +148,12 @@ def merge(params: Any) -> Any:
 
 
 def beside_nothing(params: Any) -> Any:
-    """Adapters that serve two roles at once: in place for the first, gated off for the second.
+    """Adapters that serve two roles at once: in place for the first, absent for the second.
 
-    Only the gate has an axis for the role, of 2; all matrices are read once for both.
+    The two are the rows of a vmap, the params the same for both.
     """
-
-    def pair(leaf: Any) -> Any:
-        if not isinstance(leaf, Adapted):
-            return leaf
-        # Of stacked layers each has its own. Made from the matrix, to lie on the same devices.
-        first = leaf.a.astype(jnp.float32)[(..., *[0] * (leaf.a.ndim - _is_stacked(leaf)))]
-        zero = first - first
-        return dataclasses.replace(leaf, gate=jnp.stack([zero + 1, zero]))
-
-    return jax.tree.map(pair, params, is_leaf=is_adapted)
-
-
-def role_axes(params: Any) -> Any:
-    """The vmap axes of params with `beside_nothing` adapters: 0 for gates, None for the rest."""
-
-    def axes(leaf: Any) -> Any:
-        if not is_adapted(leaf):
-            return None
-        return dataclasses.replace(leaf, weight=None, a=None, b=None, gate=0)
-
-    return jax.tree.map(axes, params, is_leaf=is_adapted)
+    mark = lambda leaf: dataclasses.replace(leaf, first_only=True) if is_adapted(leaf) else leaf  # noqa: E731
+    return jax.tree.map(mark, params, is_leaf=is_adapted)
 
 
 def init_adapter(params: Any, modules: Sequence[str], rank: int, key: jax.Array) -> dict[str, Any]:
