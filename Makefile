@@ -32,7 +32,7 @@ venv: .venv/installed-$(EXTRAS)
 	@touch $@
 
 test: .venv/testing
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-real: .venv/testing
 	$(BIN)/python -m pytest -m real

@@ -184,13 +184,10 @@ def _run_layers(
     visible = distance >= 0
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None, :])
-    if held is None and cache is not None:
-        # The positions are known: otherwise each layer's fusions would make these again for each
-        # head, the barriers notwithstanding.
-        with jax.ensure_compile_time_eval():
-            cos, sin = _rope_angles(config, np.arange(length)[None])
-    else:
+    if cache is None:
         cos, sin = _rope_angles(config, positions)
+    else:
+        cos, sin = _rope_angles_of_slots(config, positions, slots)
     block = _block_graph(config)
     start = positions[:, 0] if written else None
 
@@ -245,6 +242,25 @@ def _rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, 
         cos.append(jnp.cos(angle) * scale)
         sin.append(jnp.sin(angle) * scale)
     return jnp.stack(cos), jnp.stack(sin)
+
+
+def _rope_angles_of_slots(
+    config: ModelConfig, positions: jax.Array, slots: int
+) -> tuple[jax.Array, jax.Array]:
+    """`_rope_angles` of positions below `slots`; on CPU looked up.
+
+    XLA's CPU compiler would compute cosines and sines anew for every head of every layer, barriers
+    notwithstanding.
+    """
+    with jax.ensure_compile_time_eval():
+        table = _rope_angles(config, jnp.arange(slots)[None])
+
+    def look_up(positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        cos, sin = (of_slots[:, 0].at[:, positions].get(mode="clip") for of_slots in table)
+        return cos, sin
+
+    compute = functools.partial(_rope_angles, config)
+    return jax.lax.platform_dependent(positions, cpu=look_up, default=compute)
 
 
 @functools.cache
