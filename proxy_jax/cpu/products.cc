@@ -131,9 +131,9 @@ void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, i
   }
 }
 
-// All rows times O outputs over one chunk. Of few rows the first wait for the memory, and fetch a
-// little ahead. Of many the others, which find the weights in L1, fetch meanwhile those of the next
-// outputs, each so many as the memory gives in the time.
+// All rows times O outputs over one chunk. Of few rows the only tile waits for the memory, and
+// fetches a little ahead. Of more the others, which find the weights in L1, fetch meanwhile those of
+// the next outputs, each a share of them.
 template <class T, int O>
 void Column(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
             int64_t stride, int64_t bytes, int64_t outs, bool first) {
@@ -141,16 +141,19 @@ void Column(const char* x, const char* w, const char* next, typename T::Out* y, 
     tile(x + r * stride, w, ahead, y + r * outs, stride, bytes, outs, first);
   };
   const int64_t others = rows / kRows - 1;
-  const int64_t each = others < 3 ? 0 : others < O ? 2 : 1;
+  const int64_t share = others < 3 ? 4 : others < O ? 2 : 1;
   int64_t r = 0, from = next == nullptr ? O : 0;
   for (; r + kRows <= rows; r += kRows) {
-    if (r == 0 && each == 0) {
+    if (others == 0) {
       run(Tile<T, kRows, O, O>, r, w + kAhead);
-    } else if (r == 0 || each == 0 || from + each > O) {
+    } else if (r == 0 || from + share > O) {
       run(Tile<T, kRows, O, 0>, r, w);
     } else {
-      run(each == 1 ? Tile<T, kRows, O, 1> : Tile<T, kRows, O, 2>, r, next + from * stride);
-      from += each;
+      const auto tile = share == 4   ? Tile<T, kRows, O, 4>
+                        : share == 2 ? Tile<T, kRows, O, 2>
+                                     : Tile<T, kRows, O, 1>;
+      run(tile, r, next + from * stride);
+      from += share;
     }
   }
   if (rows - r == 1) run(Tile<T, 1, O, 0>, r, w);
