@@ -113,7 +113,8 @@ void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, i
     for (int r = 0; r < R; ++r) activations[r] = _mm512_loadu_si512(x + r * stride + i);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      const __m512i weights = T::Weights(_mm512_loadu_si512(w + o * stride + i));
+      __m512i weights = T::Weights(_mm512_loadu_si512(w + o * stride + i));
+      asm("" : "+v"(weights));  // or GCC would load them for each row
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][o] = T::Step(sums[r][o], activations[r], weights);
     }
