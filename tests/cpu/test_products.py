@@ -32,7 +32,7 @@ def exact(x, weight):
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("rows", [1, 2, 7, 150])
+@pytest.mark.parametrize("rows", [1, 2, 4, 7, 150])
 def test_products(dtype, inputs, rows):
     rng = np.random.default_rng(0)
     for outputs in (1, 61, 200):
