@@ -330,9 +330,6 @@ def load_trio(
         key = trio.tree_key(one)
         if key not in loaded:
             roles = one.roles[:1] if one.shared else one.roles
-            # What CPUs multiply fastest; of two stacked weights XLA makes the product.
-            kernels = len(roles) == 1 and products.available()
-            short = jnp.dtype(one.dtype).itemsize == 2
             loaded[key] = load_params(
                 [trio.members[role].checkpoint for role in roles],
                 one.config,
@@ -340,11 +337,19 @@ def load_trio(
                 place,
                 stacked=stacked_layers,
                 quantize=one.quantize,
-                turned=place.platform == "cpu" and (short or kernels),
+                turned=_turned(one, place),
                 progress=progress,
             )
         params.append(_adapted(trio, one, loaded[key], place))
     return LoadedTrio(trio, passes, tuple(params), place, stacked_layers)
+
+
+def _turned(one: Pass, place: Placement) -> bool:
+    """Whether weights lie as CPUs multiply them fastest; of two stacked ones XLA makes the
+    product."""
+    kernels = (len(one.roles) == 1 or one.shared) and products.available()
+    short = jnp.dtype(one.dtype).itemsize == 2
+    return place.platform == "cpu" and (short or kernels)
 
 
 def _adapted(trio: Trio, one: Pass, params: Params, place: Placement) -> Params:
@@ -352,7 +357,8 @@ def _adapted(trio: Trio, one: Pass, params: Params, place: Placement) -> Params:
     adapter = trio.members[one.roles[0]].spec.adapter
     if not adapter:
         return params
-    params = with_adapter(params, Path(adapter).expanduser(), one.config, one.dtype, place)
+    path, turned = Path(adapter).expanduser(), _turned(one, place)
+    params = with_adapter(params, path, one.config, one.dtype, place, turned=turned)
     return beside_nothing(params) if one.shared else params
 
 

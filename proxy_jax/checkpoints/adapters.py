@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.lora import attach
+from proxy_jax.models.turned import Turned, turn
 from proxy_jax.sharding import Placement
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +42,13 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 def with_adapter(
-    params: Params, path: Path, config: ModelConfig, dtype: Any, place: Placement
+    params: Params,
+    path: Path,
+    config: ModelConfig,
+    dtype: Any,
+    place: Placement,
+    *,
+    turned: bool = False,
 ) -> Params:
     """Loads an adapter and puts it on a model's parameters.
 
@@ -51,17 +58,24 @@ def with_adapter(
       config: the base model's.
       dtype: of the adapter's matrices.
       place: the mesh and rules.
+      turned: whether its matrices are stored as in models/turned.py.
 
     Raises:
       InputError: an adapter of another kind or for another model; names the key or tensor.
     """
     layers, scale = read_adapter(path, config)
     layers = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), layers)
+    if turned:
+        layers = jax.tree_util.tree_map_with_path(_turned, layers)
     stacked = isinstance(params["layers"], dict)
     tree: Any = jax.tree.map(lambda *x: np.stack(x), *layers) if stacked else tuple(layers)
     # Small: every device holds all of it.
     tree = jax.tree.map(lambda x: jax.device_put(x, place.sharding((None,) * x.ndim)), tree)
     return attach(params, {"layers": tree}, scale)
+
+
+def _turned(path: Sequence[Any], matrix: np.ndarray) -> Turned:
+    return turn(matrix, matrix.ndim - 1 if path[-1].key == "a" else 1)
 
 
 def read_adapter(path: Path, config: ModelConfig) -> tuple[list[dict[str, Any]], float]:

@@ -1,7 +1,8 @@
 // Products of activations x[rows, in] and a weight w[outs, in] for CPUs with AVX-512. Every result
 // is the dot product of a row of x and one of w, both read as they lie, and is summed in one order,
 // whatever the other rows are: register after register into the lanes of one, then the lanes in a
-// tree, then chunk after chunk of the inputs.
+// tree, then chunk after chunk of the inputs. What an adapter adds, low[rows, rank] times
+// b[outs, rank], counts as more inputs of the last chunk.
 
 #include <immintrin.h>
 
@@ -24,6 +25,7 @@ constexpr int64_t kChunk = 48 * kVector;    // bytes of a row: those that a tile
 constexpr int kRows = 3, kOuts = 8;         // of a tile: 24 sums, each in a register
 constexpr int64_t kBlock = 8 * kOuts;       // outputs a thread takes at a time: a chunk stays in L2
 constexpr int64_t kStripe = 128;            // rows whose chunk stays in L2
+constexpr int64_t kSlab = 256;              // rows whose sums of a block stay there
 constexpr int64_t kAhead = 1024;            // bytes of a row, fetched while others come
 constexpr int64_t kWorthAThread = 1 << 17;  // multiplications
 
@@ -39,6 +41,8 @@ struct Float {
 
 struct Float32 : Float {
   static constexpr int64_t kBytes = 4;
+  static __m512 Rounded(__m512 v) { return v; }
+  static void Store(char* at, __mmask16 which, __m512 v) { _mm512_mask_storeu_ps(at, which, v); }
   static __m512 Step(__m512 sum, __m512i x, __m512i w) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), sum);
   }
@@ -46,6 +50,10 @@ struct Float32 : Float {
 
 struct BFloat16 : Float {
   static constexpr int64_t kBytes = 2;
+  static __m512 Rounded(__m512 v) { return _mm512_cvtpbh_ps(_mm512_cvtneps_pbh(v)); }
+  static void Store(char* at, __mmask16 which, __m512 v) {
+    _mm256_mask_storeu_epi16(at, which, (__m256i)_mm512_cvtneps_pbh(v));
+  }
   static __m512 Step(__m512 sum, __m512i x, __m512i w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)w);
   }
@@ -94,29 +102,54 @@ inline __m256 Lanes(const __m512 (&v)[8]) {
   return _mm512_castps512_ps256(_mm512_shuffle_f32x4(whole, whole, 0x08));
 }
 
-// R rows times O outputs over one chunk of the inputs; adds to y, or begins it. The loops over both
-// are unrolled, or the sums would not be in registers. Fetches what P outputs from `ahead` on have
-// in its place.
+// Rows of x and of w, `bytes` of each, in both `stride` apart.
+struct Operands {
+  const char *x, *w;
+  int64_t stride, bytes;
+};
+
+// A chunk of the inputs: whole registers, and in the last chunk what is left of them and an
+// adapter's.
+struct Inputs {
+  Operands whole, ends[2];
+};
+
+// R rows from `row` on times O outputs from `out` on over one chunk; adds to y, or begins it. The
+// loops over both are unrolled, or the sums would not be in registers. Fetches what P outputs from
+// `ahead` on have in its place.
 template <class T, int R, int O, int P>
-void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, int64_t stride,
-          int64_t bytes, int64_t outs, bool first) {
+void Tile(const Inputs& inputs, int64_t row, int64_t out, const char* ahead, typename T::Out* y,
+          int64_t pitch, bool first) {
   typename T::Register sums[R][O];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) sums[r][o] = typename T::Register{};
-  for (int64_t i = 0; i < bytes; i += kVector) {
-#pragma GCC unroll 8
-    for (int p = 0; p < P; ++p) _mm_prefetch(ahead + p * stride + i, _MM_HINT_T1);
+  const auto add = [&](const char* x, const char* w, int64_t stride, auto load) {
     __m512i activations[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) activations[r] = _mm512_loadu_si512(x + r * stride + i);
+    for (int r = 0; r < R; ++r) activations[r] = load(x + r * stride);
 #pragma GCC unroll 8
     for (int o = 0; o < O; ++o) {
-      __m512i weights = T::Weights(_mm512_loadu_si512(w + o * stride + i));
+      __m512i weights = T::Weights(load(w + o * stride));
       asm("" : "+v"(weights));  // or GCC would load them for each row
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) sums[r][o] = T::Step(sums[r][o], activations[r], weights);
+    }
+  };
+  const auto [x, w, stride, bytes] = inputs.whole;
+  const char* const x_here = x + row * stride;
+  const char* const w_here = w + out * stride;
+  for (int64_t i = 0; i < bytes; i += kVector) {
+#pragma GCC unroll 8
+    for (int p = 0; p < P; ++p) _mm_prefetch(ahead + p * stride + i, _MM_HINT_T1);
+    add(x_here + i, w_here + i, stride, [](const char* p) { return _mm512_loadu_si512(p); });
+  }
+  for (const Operands& end : inputs.ends) {
+    for (int64_t i = 0; i < end.bytes; i += kVector) {
+      const auto which = _cvtu64_mask64(~uint64_t{0} >> (kVector - std::min(kVector, end.bytes - i)));
+      add(end.x + row * end.stride + i, end.w + out * end.stride + i, end.stride,
+          [which](const char* p) { return _mm512_maskz_loadu_epi8(which, p); });
     }
   }
 #pragma GCC unroll 8
@@ -125,96 +158,99 @@ void Tile(const char* x, const char* w, const char* ahead, typename T::Out* y, i
 #pragma GCC unroll 8
     for (int o = 0; o < 8; ++o) v[o] = o < O ? T::Floats(sums[r][o]) : _mm512_setzero_ps();
     __m256 made = Lanes<T>(v);
-    float* const at = reinterpret_cast<float*>(y + r * outs);
+    float* const at = reinterpret_cast<float*>(y + (row + r) * pitch + out);
     constexpr __mmask8 kWhich = (1 << O) - 1;
     if (!first) made = T::Sum(made, _mm256_maskz_loadu_ps(kWhich, at));
     _mm256_mask_storeu_ps(at, kWhich, made);
   }
 }
 
-// All rows times O outputs over one chunk. Of few rows the only tile waits for the memory, and
-// fetches a little ahead. Of more the others, which find the weights in L1, fetch meanwhile those of
-// the next outputs, each a share of them.
+// The rows [from, to) times O outputs over one chunk. Of few rows the only tile waits for the
+// memory, and fetches a little ahead. Of more the others, which find the weights in L1, fetch
+// meanwhile those of the next outputs, each a share of them.
 template <class T, int O>
-void Column(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
-            int64_t stride, int64_t bytes, int64_t outs, bool first) {
-  const auto run = [&](auto tile, int64_t r, const char* ahead) {
-    tile(x + r * stride, w, ahead, y + r * outs, stride, bytes, outs, first);
+void Column(const Inputs& inputs, int64_t from, int64_t to, int64_t out, const char* next,
+            typename T::Out* y, int64_t pitch, bool first) {
+  const auto run = [&](auto tile, int64_t row, const char* ahead) {
+    tile(inputs, row, out, ahead, y, pitch, first);
   };
-  const int64_t others = rows / kRows - 1;
+  const int64_t stride = inputs.whole.stride;
+  const int64_t others = (to - from) / kRows - 1;
   const int64_t share = others < 3 ? 4 : others < O ? 2 : 1;
-  int64_t r = 0, from = next == nullptr ? O : 0;
-  for (; r + kRows <= rows; r += kRows) {
+  int64_t row = from, fetched = next == nullptr ? O : 0;
+  for (; row + kRows <= to; row += kRows) {
     if (others == 0) {
-      run(Tile<T, kRows, O, O>, r, w + kAhead);
-    } else if (r == 0 || from + share > O) {
-      run(Tile<T, kRows, O, 0>, r, w);
+      run(Tile<T, kRows, O, O>, row, inputs.whole.w + out * stride + kAhead);
+    } else if (row == from || fetched + share > O) {
+      run(Tile<T, kRows, O, 0>, row, nullptr);
     } else {
       const auto tile = share == 4   ? Tile<T, kRows, O, 4>
                         : share == 2 ? Tile<T, kRows, O, 2>
                                      : Tile<T, kRows, O, 1>;
-      run(tile, r, next + from * stride);
-      from += share;
+      run(tile, row, next + fetched * stride);
+      fetched += share;
     }
   }
-  if (rows - r == 1) run(Tile<T, 1, O, 0>, r, w);
-  if (rows - r == 2) run(Tile<T, 2, O, 0>, r, w);
+  if (to - row == 1) run(Tile<T, 1, O, 0>, row, nullptr);
+  if (to - row == 2) run(Tile<T, 2, O, 0>, row, nullptr);
 }
 
-// All rows times all outputs of a block over one chunk; `next` is where the next one lies, or none.
+// All rows times `outs` outputs over one chunk; `next` is where the next one lies, or none.
 template <class T>
-void Chunk(const char* x, const char* w, const char* next, typename T::Out* y, int64_t rows,
-           int64_t stride, int64_t bytes, int64_t outs, int64_t count, bool first) {
-  for (int64_t r = 0; r < rows; r += kStripe) {
-    const int64_t stripe = std::min(kStripe, rows - r);
-    const char* const x_stripe = x + r * stride;
-    const auto y_stripe = y + r * outs;
-    int64_t o = 0;
-    for (; o + kOuts <= count; o += kOuts) {
-      const char* const after = o + 2 * kOuts <= count ? w + (o + kOuts) * stride : next;
-      Column<T, kOuts>(x_stripe, w + o * stride, after, y_stripe + o, stripe, stride, bytes, outs,
-                       first);
+void Chunk(const Inputs& inputs, int64_t rows, int64_t outs, const char* next, typename T::Out* y,
+           int64_t pitch, bool first) {
+  const Operands& whole = inputs.whole;
+  for (int64_t row = 0; row < rows; row += kStripe) {
+    const int64_t to = std::min(row + kStripe, rows);
+    int64_t out = 0;
+    for (; out + kOuts <= outs; out += kOuts) {
+      const bool last = out + 2 * kOuts > outs;
+      const char* const after = last ? next : whole.w + (out + kOuts) * whole.stride;
+      Column<T, kOuts>(inputs, row, to, out, after, y, pitch, first);
     }
-    for (; o < count; ++o) {
-      Column<T, 1>(x_stripe, w + o * stride, nullptr, y_stripe + o, stripe, stride, bytes, outs,
-                   first);
-    }
+    for (; out < outs; ++out) Column<T, 1>(inputs, row, to, out, nullptr, y, pitch, first);
   }
 }
 
-// What rows have past their last whole register, with zeros behind it.
-std::vector<char> Tails(const char* p, int64_t rows, int64_t stride, int64_t whole) {
-  std::vector<char> tails(rows * kVector);
-  for (int64_t r = 0; r < rows; ++r) {
-    std::copy(p + r * stride + whole, p + (r + 1) * stride, tails.data() + r * kVector);
-  }
-  return tails;
-}
+// A weight w[outs, in] and what it is multiplied with, x[rows, in]; b[outs, rank] of an adapter and
+// low[rows, rank]. The strides are whole rows.
+struct Product {
+  Operands inputs, adapter;
 
-// All rows times the outputs [from, to); `after` is where the thread's next ones begin, or none.
-template <class T>
-void Block(const char* x, const char* w, typename T::Out* y, const int32_t* shifts, int64_t rows,
-           int64_t stride, int64_t outs, int64_t from, int64_t to, int64_t after) {
-  const int64_t count = to - from, whole = stride / kVector * kVector;
-  const char* const next_block = after + count <= outs ? w + after * stride : nullptr;
-  w += from * stride;
-  y += from;
-  for (int64_t at = 0; at < whole; at += kChunk) {
-    const int64_t bytes = std::min(kChunk, whole - at);
-    const char* const next = at + kChunk < whole ? w + at + kChunk : next_block;
-    Chunk<T>(x + at, w + at, next, y, rows, stride, bytes, outs, count, at == 0);
+  // Those at two places of a call's arguments, or none.
+  template <class T>
+  static Operands Of(const ffi::RemainingArgs& given, size_t at_x, size_t at_w) {
+    if (at_w >= given.size()) return {};
+    const auto x = *given.get<ffi::AnyBuffer>(at_x), w = *given.get<ffi::AnyBuffer>(at_w);
+    const int64_t stride = x.dimensions()[1] * T::kBytes;
+    return {static_cast<const char*>(x.untyped_data()), static_cast<const char*>(w.untyped_data()),
+            stride, stride};
   }
-  if (whole < stride) {
-    const auto x_tails = Tails(x, rows, stride, whole), w_tails = Tails(w, count, stride, whole);
-    Chunk<T>(x_tails.data(), w_tails.data(), nullptr, y, rows, kVector, kVector, outs, count,
-             whole == 0);
-  }
-  if constexpr (std::is_same_v<T, Int8>) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t o = 0; o < count; ++o) y[r * outs + o] -= shifts[r];
+
+  const char* Weights(int64_t out) const { return inputs.w + out * inputs.stride; }
+
+  // The rows [row, row + rows) times the outputs [out, out + outs), to y, whose rows are `pitch`
+  // apart; `next` is where the weights lie that the thread reads after these, or none.
+  template <class T>
+  void Sums(int64_t row, int64_t rows, int64_t out, int64_t outs, const char* next,
+            typename T::Out* y, int64_t pitch) const {
+    const auto here = [&](const Operands& all, int64_t from, int64_t to) -> Operands {
+      return {all.x + row * all.stride + from, all.w + out * all.stride + from, all.stride,
+              to - from};
+    };
+    const int64_t stride = inputs.stride, whole = stride / kVector * kVector;
+    for (int64_t at = 0; at == 0 || at < whole; at += kChunk) {
+      const int64_t to = std::min(at + kChunk, whole);
+      Inputs chunk{here(inputs, at, to)};
+      if (to == whole) {
+        chunk.ends[0] = here(inputs, whole, stride);
+        chunk.ends[1] = here(adapter, 0, adapter.stride);
+      }
+      const char* const after = to < whole ? Weights(out) + to : next;
+      Chunk<T>(chunk, rows, outs, after, y, pitch, at == 0);
     }
   }
-}
+};
 
 // 128 times the sum of each row.
 std::vector<int32_t> Shifts(const int8_t* x, int64_t rows, int64_t in) {
@@ -231,53 +267,123 @@ std::vector<int32_t> Shifts(const int8_t* x, int64_t rows, int64_t in) {
   return shifts;
 }
 
-template <class T, ffi::DataType kIn, ffi::DataType kOut>
-ffi::Future Product(ffi::ThreadPool pool, ffi::Buffer<kIn, 2> x, ffi::Buffer<kIn, 2> w,
-                    ffi::Result<ffi::Buffer<kOut, 2>> y) {
-  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], outs = w.dimensions()[0];
+// Calls work(from, to, after) for all blocks of outputs, on as many threads as `multiplications` are
+// worth; `after` is where the thread's next block is expected to begin, beyond `outs` if nowhere.
+template <class Work>
+ffi::Future Share(ffi::ThreadPool pool, int64_t outs, int64_t multiplications, Work work) {
   const int64_t blocks = (outs + kBlock - 1) / kBlock;
-  const int64_t useful = std::min(blocks, rows * in * outs / kWorthAThread);
+  const int64_t useful = std::min(blocks, multiplications / kWorthAThread);
   const int64_t threads = std::max<int64_t>(1, std::min(pool.num_threads(), useful));
-  std::vector<int32_t> shifts;
-  if constexpr (std::is_same_v<T, Int8>) shifts = Shifts(x.typed_data(), rows, in);
   const auto next = std::make_shared<std::atomic<int64_t>>(0);
-  const auto work = [=, shifts = std::make_shared<const std::vector<int32_t>>(std::move(shifts)),
-                     x = static_cast<const char*>(x.untyped_data()),
-                     w = static_cast<const char*>(w.untyped_data()),
-                     y = static_cast<typename T::Out*>(y->untyped_data())] {
+  const auto of_thread = [=] {
     for (int64_t b; (b = next->fetch_add(1)) < blocks;) {
-      Block<T>(x, w, y, shifts->data(), rows, in * T::kBytes, outs, b * kBlock,
-               std::min(outs, (b + 1) * kBlock), (b + threads) * kBlock);
+      work(b * kBlock, std::min(outs, (b + 1) * kBlock), (b + threads) * kBlock);
     }
   };
   ffi::CountDownPromise done(threads);
   ffi::Future future(done);
   for (int64_t t = 1; t < threads; ++t) {
-    pool.Schedule([work, done]() mutable {
-      work();
+    pool.Schedule([of_thread, done]() mutable {
+      of_thread();
       done.CountDown();
     });
   }
-  work();
+  of_thread();
   done.CountDown();
   return future;
 }
 
-template <ffi::DataType kIn, ffi::DataType kOut>
-auto Binding() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .template Arg<ffi::Buffer<kIn, 2>>()
-      .template Arg<ffi::Buffer<kIn, 2>>()
-      .template Ret<ffi::Buffer<kOut, 2>>();
+// `given` are x and w, and the low and b of an adapter, if there is one.
+template <class T, ffi::DataType kOut>
+ffi::Future Multiply(ffi::ThreadPool pool, ffi::RemainingArgs given,
+                     ffi::Result<ffi::Buffer<kOut, 2>> y) {
+  const auto x = *given.get<ffi::AnyBuffer>(0), w = *given.get<ffi::AnyBuffer>(1);
+  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], outs = w.dimensions()[0];
+  const Product product{Product::Of<T>(given, 0, 1), Product::Of<T>(given, 2, 3)};
+  std::vector<int32_t> shifts;
+  if constexpr (std::is_same_v<T, Int8>) shifts = Shifts(x.typed_data<int8_t>(), rows, in);
+  return Share(
+      pool, outs, rows * in * outs,
+      [=, shifts = std::make_shared<const std::vector<int32_t>>(std::move(shifts)),
+       y = static_cast<typename T::Out*>(y->untyped_data())](int64_t from, int64_t to,
+                                                             int64_t after) {
+        const char* const next = after + to - from <= outs ? product.Weights(after) : nullptr;
+        product.Sums<T>(0, rows, from, to - from, next, y + from, outs);
+        if constexpr (std::is_same_v<T, Int8>) {
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t o = from; o < to; ++o) y[r * outs + o] -= (*shifts)[r];
+          }
+        }
+      });
 }
 
-constexpr auto kProductFloat32 = Product<Float32, ffi::F32, ffi::F32>;
-constexpr auto kProductBFloat16 = Product<BFloat16, ffi::BF16, ffi::F32>;
-constexpr auto kProductInt8 = Product<Int8, ffi::S8, ffi::S32>;
+// x / (1 + exp(-s)), where s is x for SiLU, and 2 sqrt(2 / pi) (x + 0.044715 x^3) for GELU by tanh.
+inline __m512 Activated(__m512 x, bool gelu) {
+  const auto all = [](float v) { return _mm512_set1_ps(v); };
+  __m512 s = x;
+  if (gelu) {
+    const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, all(0.044715f)));
+    s = _mm512_mul_ps(_mm512_add_ps(x, cube), all(1.5957691216f));
+  }
+  // exp(t) = 2^n exp(t - n log(2)), the latter by Cephes' polynomial. What is not a number passes.
+  const __m512 t = _mm512_min_ps(all(104), _mm512_max_ps(all(-104), _mm512_sub_ps(all(0), s)));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(t, all(1.44269504f)), 0);
+  const __m512 r = _mm512_fnmadd_ps(n, all(-2.12194440e-4f), _mm512_fnmadd_ps(n, all(0.693359375f), t));
+  __m512 p = all(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                  5.0000001201e-1f, 1.0f, 1.0f}) {
+    p = _mm512_fmadd_ps(p, r, all(c));
+  }
+  return _mm512_div_ps(x, _mm512_add_ps(all(1), _mm512_scalef_ps(p, n)));
+}
+
+// act(gate(x)) * up(x), each step rounded to the type of x. `given` are x and both weights, and the
+// low and b of gate's adapter and of up's, if they have any.
+template <class T, ffi::DataType kIn>
+ffi::Future Gated(ffi::ThreadPool pool, ffi::RemainingArgs given,
+                  ffi::Result<ffi::Buffer<kIn, 2>> y, bool gelu) {
+  const auto x = *given.get<ffi::AnyBuffer>(0);
+  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], outs = y->dimensions()[1];
+  const Product gate{Product::Of<T>(given, 0, 1), Product::Of<T>(given, 3, 4)};
+  const Product up{Product::Of<T>(given, 0, 2), Product::Of<T>(given, 5, 6)};
+  return Share(
+      pool, outs, 2 * rows * in * outs,
+      [=, y = static_cast<char*>(y->untyped_data())](int64_t from, int64_t to, int64_t after) {
+        alignas(kVector) static thread_local float gates[kSlab * kBlock], ups[kSlab * kBlock];
+        const int64_t count = to - from;
+        const char* const next = after + count <= outs ? gate.Weights(after) : nullptr;
+        for (int64_t row = 0; row < rows; row += kSlab) {
+          const int64_t slab = std::min(kSlab, rows - row);
+          gate.Sums<T>(row, slab, from, count, up.Weights(from), gates, kBlock);
+          up.Sums<T>(row, slab, from, count, next, ups, kBlock);
+          for (int64_t r = 0; r < slab; ++r) {
+            for (int64_t o = 0; o < count; o += 16) {
+              const auto which = _cvtu32_mask16(0xFFFF >> (16 - std::min<int64_t>(16, count - o)));
+              const __m512 g = T::Rounded(_mm512_load_ps(gates + r * kBlock + o));
+              const __m512 u = T::Rounded(_mm512_load_ps(ups + r * kBlock + o));
+              const __m512 made = _mm512_mul_ps(T::Rounded(Activated(g, gelu)), u);
+              T::Store(y + ((row + r) * outs + from + o) * T::kBytes, which, made);
+            }
+          }
+        }
+      });
+}
+
+template <ffi::DataType kOut>
+auto Binding() {
+  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().template Ret<ffi::Buffer<kOut, 2>>();
+}
+
+constexpr auto kProductFloat32 = Multiply<Float32, ffi::F32>;
+constexpr auto kProductBFloat16 = Multiply<BFloat16, ffi::F32>;
+constexpr auto kProductInt8 = Multiply<Int8, ffi::S32>;
+constexpr auto kGatedFloat32 = Gated<Float32, ffi::F32>;
+constexpr auto kGatedBFloat16 = Gated<BFloat16, ffi::BF16>;
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(float32, kProductFloat32, (Binding<ffi::F32, ffi::F32>()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(bfloat16, kProductBFloat16, (Binding<ffi::BF16, ffi::F32>()));
-XLA_FFI_DEFINE_HANDLER_SYMBOL(int8, kProductInt8, (Binding<ffi::S8, ffi::S32>()));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_float32, kProductFloat32, Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_bfloat16, kProductBFloat16, Binding<ffi::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(product_int8, kProductInt8, Binding<ffi::S32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_float32, kGatedFloat32, Binding<ffi::F32>().Attr<bool>("gelu"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gated_bfloat16, kGatedBFloat16, Binding<ffi::BF16>().Attr<bool>("gelu"));

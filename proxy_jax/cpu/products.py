@@ -1,4 +1,4 @@
-"""Products of rows and a weight whose outputs come first, by kernels for CPUs with AVX-512.
+"""Products of rows and weights whose outputs come first, by kernels for CPUs with AVX-512.
 
 XLA's own read weights of 16 and 8 bits at half the speed of the memory, and multiply few rows at
 half that of the processor or less (docs/performance.md). Theirs are the same sums of the same
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -27,9 +28,13 @@ import jaxlib
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from proxy_jax.models.activation import Activation, activate
+
 _SOURCE = Path(__file__).with_name("products.cc")
+_Entry = str | tuple[str, ...] | None  # of a PartitionSpec
 _CACHE = Path("~/.cache/proxy_jax/kernels")
 SUMS = {"float32": jnp.float32, "bfloat16": jnp.float32, "int8": jnp.int32}  # dtype, that of sums
+FLOATS = ("float32", "bfloat16")  # dtypes of gated layers and adapted weights
 _INSTRUCTIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni")
 
 
@@ -48,48 +53,120 @@ def available() -> bool:
             stacklevel=2,
         )
         return False
-    for name in SUMS:
+    kernels = [f"product_{name}" for name in SUMS] + [f"gated_{name}" for name in FLOATS]
+    for name in kernels:
         function = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), function, platform="cpu")
     return True
 
 
-@custom_partitioning
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+def product(x: jax.Array, weight: jax.Array, *adapter: jax.Array) -> jax.Array:
     """x [R, in] times a weight [out, in] of x's dtype: [R, out] in float32, or in int32 of int8.
 
     On a mesh each device multiplies what it holds of both; sums over a mesh axis follow if that
     cuts the inputs.
+
+    Args:
+      x, weight: the operands.
+      adapter: none, or low [R, rank] and b [out, rank] of the same dtype, whose product is added.
     """
+    return (_adapted_product if adapter else _product)(x, weight, *adapter)
+
+
+def gated(
+    activation: Activation,
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    *adapters: jax.Array,
+) -> jax.Array:
+    """act(gate's product) * up's, each step rounded to x's dtype, one of FLOATS: [R, out].
+
+    Args:
+      activation: of gate.
+      x, gate, up: [R, in] and weights [out, in].
+      adapters: none, or as in `product` low and b of gate's, then of up's.
+    """
+    return _gated(activation, bool(adapters))(x, gate, up, *adapters)
+
+
+def _multiply(x: jax.Array, weight: jax.Array, *adapter: jax.Array) -> jax.Array:
     name = weight.dtype.name
     shape = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), SUMS[name])
-    return jax.ffi.ffi_call(_target(name), shape)(x, weight)
+    return jax.ffi.ffi_call(_target(f"product_{name}"), shape)(x, weight, *adapter)
 
 
-def _partition(mesh: Mesh, arguments: tuple, result: jax.ShapeDtypeStruct) -> tuple:
-    x, weight = (a.sharding.spec for a in arguments)
-    outputs, summed = weight
-    # The weight stays where it is: rows that lie along its axes are gathered.
-    rows = tuple(axis for axis in _axes(x[0]) if axis not in _axes(outputs) + _axes(summed))
-
-    def of_device(x: jax.Array, weight: jax.Array) -> jax.Array:
-        part = product.fun(x, weight)
-        return jax.lax.psum(part, summed) if summed else part
-
-    specs = (rows, outputs), (rows, summed), (outputs, summed)
-    made, *given = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in specs)
-    return mesh, of_device, made, tuple(given)
+def _multiply_parts(summed: _Entry, *operands: jax.Array) -> jax.Array:
+    """`_multiply` where each device has a part of the inputs, and all of an adapter's."""
+    x, weight, *adapter = operands
+    whole = jax.lax.psum(_multiply(x, weight), summed)
+    return whole + _multiply(*adapter) if adapter else whole
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def _partitioned(
+    function: Callable[..., jax.Array],
+    of_parts: Callable[..., jax.Array],
+    weights: int,
+    adapted: bool,
+) -> custom_partitioning:
+    """A function of x, `weights` weights and perhaps the low and b of each, on every device.
+
+    Args:
+      function: where inputs are not cut.
+      of_parts: where they are; takes the axes that cut them first.
+      weights: how many.
+      adapted: whether adapters follow.
+    """
+
+    def run(*operands: jax.Array) -> jax.Array:
+        return function(*operands)
+
+    def partition(mesh: Mesh, arguments: tuple, result: jax.ShapeDtypeStruct) -> tuple:
+        x, weight, *_ = (a.sharding.spec for a in arguments)
+        outputs, summed = weight
+        # The weights stay where they are: rows that lie along their axes are gathered.
+        rows = tuple(axis for axis in _axes(x[0]) if axis not in _axes(outputs) + _axes(summed))
+        given = [(rows, summed), *[(outputs, summed)] * weights]
+        given += [(rows, None), (outputs, None)] * (weights if adapted else 0)
+        made, *taken = (
+            NamedSharding(mesh, PartitionSpec(*spec)) for spec in [(rows, outputs), *given]
+        )
+        on_device = functools.partial(of_parts, summed) if summed else function
+        return mesh, on_device, made, tuple(taken)
+
+    pairs = [f"r {rank}, o {rank}" for rank in "abcd"[: weights if adapted else 0]]
+    rule = ", ".join(["r i", *["o i"] * weights, *pairs]) + " -> r o"
+    made = custom_partitioning(run)
+    made.def_partition(partition=partition, sharding_rule=rule)
+    return made
+
+
+_product = _partitioned(_multiply, _multiply_parts, 1, adapted=False)
+_adapted_product = _partitioned(_multiply, _multiply_parts, 1, adapted=True)
+
+
+@functools.cache
+def _gated(activation: Activation, adapted: bool) -> custom_partitioning:
+    def run(x: jax.Array, *operands: jax.Array) -> jax.Array:
+        name, gelu = x.dtype.name, activation == "gelu_tanh"
+        shape = jax.ShapeDtypeStruct((x.shape[0], operands[0].shape[0]), x.dtype)
+        return jax.ffi.ffi_call(_target(f"gated_{name}"), shape)(x, *operands, gelu=gelu)
+
+    def of_parts(summed: _Entry, x: jax.Array, *operands: jax.Array) -> jax.Array:
+        w_gate, w_up, *adapters = operands
+        gate = _multiply_parts(summed, x, w_gate, *adapters[:2])
+        up = _multiply_parts(summed, x, w_up, *adapters[2:])
+        return activate(gate.astype(x.dtype), up.astype(x.dtype), activation)
+
+    return _partitioned(run, of_parts, 2, adapted)
+
+
+def _axes(entry: _Entry) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-product.def_partition(partition=_partition, sharding_rule="r i, o i -> r o")
-
-
 def _target(name: str) -> str:
-    return f"proxy_jax_product_{name}"
+    return f"proxy_jax_{name}"
 
 
 def _has_instructions() -> bool:

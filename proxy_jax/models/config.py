@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from proxy_jax.models.activation import Activation
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -113,7 +115,7 @@ class ModelConfig:
     norms: Literal["pre", "post", "sandwich"] = "pre"
     norm_unit_offset: bool = False
     qk_norm: Literal["none", "head", "projection"] = "none"
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
     tied_head: bool = False
     qkv_bias: bool = False
     out_bias: bool = False

@@ -16,6 +16,7 @@ from flax import nnx
 
 from proxy_jax.models import cache as kv
 from proxy_jax.models import lora
+from proxy_jax.models.activation import activate
 from proxy_jax.models.attention import attend, attend_beside, attend_fresh
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.sharding import Placement
@@ -165,15 +166,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array, place: Placement) -> jax.Array:
         """Maps [B, T, D] to [B, T, D]."""
-        bias = self.config.mlp_bias
-        gate = project("BTD,DF->BTF", x, self.gate)
-        up = project("BTD,DF->BTF", x, self.up)
+        bias, activation = self.config.mlp_bias, self.config.activation
         if bias:
-            gate, up = add_bias(gate, self.gate_bias[...]), add_bias(up, self.up_bias[...])
-        gate = gate.astype(jnp.float32)
-        gelu = self.config.activation == "gelu_tanh"
-        gate = jax.nn.gelu(gate, approximate=True) if gelu else jax.nn.silu(gate)
-        hidden = gate.astype(x.dtype) * up
+            gate = add_bias(project("BTD,DF->BTF", x, self.gate), self.gate_bias[...])
+            up = add_bias(project("BTD,DF->BTF", x, self.up), self.up_bias[...])
+            hidden = activate(gate, up, activation)
+        else:
+            hidden = lora.gated(x, self.gate.get_value(), self.up.get_value(), activation)
         hidden = place.constrain(hidden, ("batch", None, "mlp"))
         out = project("BTF,FD->BTD", hidden, self.down)
         return add_bias(out, self.down_bias[...]) if bias else out

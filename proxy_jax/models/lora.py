@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxy_jax.models import quantized, turned
+from proxy_jax.models.activation import Activation, activate
 from proxy_jax.models.einsum import dense
 from proxy_jax.models.quantized import Quantized
 from proxy_jax.models.turned import Turned
@@ -41,8 +43,8 @@ class Adapted:
 
     Attributes:
       weight: of the base model, [in..., out...], or a `Quantized` or `Turned` one.
-      a: [in..., R].
-      b: [R, out...].
+      a: [in..., R], or turned.
+      b: [R, out...], or turned.
       scale: lora_alpha / R.
       first_only: of the roles of a vmap the first has the adapter, the others the weight alone.
         See `beside_nothing`.
@@ -59,7 +61,10 @@ class Adapted:
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Turned | Adapted) -> jax.Array:
+Weight = jax.Array | Quantized | Turned | Adapted
+
+
+def product(spec: str, x: jax.Array, weight: Weight) -> jax.Array:
     """einsum of activations and a weight, in float32.
 
     Args:
@@ -73,33 +78,73 @@ def product(spec: str, x: jax.Array, weight: jax.Array | Quantized | Turned | Ad
         return turned.product(spec, x, weight)
     if not isinstance(weight, Adapted):
         return dense(spec, x, weight)
+    if isinstance(weight.weight, Turned):
+        return turned.product(spec, x, weight.weight, *_of_rank(spec, x, weight))
     whole = product(spec, x, weight.weight)
-    seen = x if weight.key is None else _dropout(x, weight.dropout, weight.key)
-    change = functools.partial(_change, spec, weight.scale)
-    return whole + (_of_first(change) if weight.first_only else change)(seen, weight.a, weight.b)
+
+    def change(x: jax.Array, a: Any, b: Any) -> jax.Array:
+        _, spec_b = _specs(spec)
+        return product(spec_b, _low(spec, weight.scale, x, a), b)
+
+    return whole + _of_roles(weight, change)(_seen(x, weight), weight.a, weight.b)
 
 
-def _change(spec: str, scale: float, x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """scale * (x A) B in float32."""
+def gated(x: jax.Array, gate: Weight, up: Weight, activation: Activation) -> jax.Array:
+    """act(x gate) * (x up), each step rounded to x's dtype: [B, T, F].
+
+    Args:
+      x: [B, T, D].
+      gate, up: [D, F], as in `product`.
+      activation: of gate.
+    """
+    spec = "BTD,DF->BTF"
+    plain_gate, plain_up = (w.weight if isinstance(w, Adapted) else w for w in (gate, up))
+    adapted = [w for w in (gate, up) if isinstance(w, Adapted)]
+    if isinstance(plain_gate, Turned) and isinstance(plain_up, Turned) and len(adapted) != 1:
+        adapters = itertools.chain(*(_of_rank(spec, x, w) for w in adapted))
+        return turned.gated(x, plain_gate, plain_up, activation, *adapters)
+    gates, ups = (product(spec, x, w).astype(x.dtype) for w in (gate, up))
+    return activate(gates, ups, activation)
+
+
+def _of_rank(spec: str, x: jax.Array, weight: Adapted) -> tuple[jax.Array, Any]:
+    """scale * x A, and B."""
+    low = functools.partial(_low, spec, weight.scale)
+    return _of_roles(weight, low)(_seen(x, weight), weight.a), weight.b
+
+
+def _specs(spec: str) -> tuple[str, str]:
+    """The specs of the products with A and with B, from that with their weight."""
     left, right = spec.split("->")
     x_letters, w_letters = left.split(",")
     into = "".join(letter for letter in w_letters if letter in x_letters)
     out = "".join(letter for letter in w_letters if letter not in x_letters)
     kept = "".join(letter for letter in x_letters if letter not in into)
-    low = dense(f"{x_letters},{into}R->{kept}R", x, a).astype(x.dtype)
-    return scale * dense(f"{kept}R,R{out}->{right}", low, b)
+    return f"{x_letters},{into}R->{kept}R", f"{kept}R,R{out}->{right}"
 
 
-def _of_first(change: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The change of a product, from a function of x, A and B; under vmap over x that of the first
-    of its rows, and 0 for the others, which are not multiplied."""
-    of_one = jax.custom_batching.custom_vmap(change)
+def _low(spec: str, scale: float, x: jax.Array, a: Any) -> jax.Array:
+    """scale * x A, in x's dtype."""
+    spec_a, _ = _specs(spec)
+    return (scale * product(spec_a, x, a)).astype(x.dtype)
+
+
+def _seen(x: jax.Array, weight: Adapted) -> jax.Array:
+    return x if weight.key is None else _dropout(x, weight.dropout, weight.key)
+
+
+def _of_roles(weight: Adapted, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of x and an adapter's matrices; where only the first of a vmap's roles has the
+    adapter, that of the first, and 0 for the others, which are not multiplied."""
+    if not weight.first_only:
+        return function
+    of_one = jax.custom_batching.custom_vmap(function)
 
     @of_one.def_vmap
-    def _(roles: int, batched: Sequence[bool], x: Any, a: Any, b: Any) -> tuple[jax.Array, bool]:
-        assert list(batched) == [True, False, False]
-        first = change(x[0], a, b)
-        is_first = np.float32(np.arange(roles) == 0)
+    def _(roles: int, batched: Sequence[Any], x: Any, *matrices: Any) -> tuple[jax.Array, bool]:
+        assert jax.tree.leaves(batched) == [True, *[False] * len(matrices)]
+        first = function(x[0], *matrices)
+        is_first = jnp.asarray(np.arange(roles) == 0, first.dtype)
         return jnp.expand_dims(is_first, range(1, 1 + first.ndim)) * first[None], True
 
     return of_one

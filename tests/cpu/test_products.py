@@ -17,6 +17,7 @@ needs_kernels = pytest.mark.skipif(
 DTYPES = ("float32", "bfloat16", "int8")
 # Less than a register of every type, whole ones, and several chunks with a rest.
 INPUTS = (1, 24, 64, 896, 1000, 7000)
+SOME_ROWS = (slice(3), slice(4, 5), slice(9, 42), slice(126, 130))
 
 
 def numbers(rng, shape, dtype):
@@ -43,6 +44,84 @@ def test_products(dtype, inputs, rows):
         np.testing.assert_allclose(ours, exact(x, weight), rtol=0, atol=tolerance)
 
 
+def adapter(rng, rows, outputs, rank, dtype):
+    return numbers(rng, (rows, rank), dtype), numbers(rng, (outputs, rank), dtype)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", products.FLOATS)
+@pytest.mark.parametrize("inputs", [24, 896, 1000, 7000])
+@pytest.mark.parametrize("rows", [1, 7, 150])
+def test_adapted_products(dtype, inputs, rows):
+    rng = np.random.default_rng(0)
+    for outputs, rank in ((1, 16), (61, 1), (200, 40), (64, 64)):
+        x, weight = numbers(rng, (rows, inputs), dtype), numbers(rng, (outputs, inputs), dtype)
+        low, b = adapter(rng, rows, outputs, rank, dtype)
+        ours = jax.jit(products.product)(x, weight, low, b)
+        expected = exact(x, weight) + exact(low, b)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6 * (inputs + rank))
+
+
+def exact_gated(activation, gate, up, dtype):
+    """act(gate) * up of exact sums, rounded where the layer does."""
+
+    def rounded(numbers):
+        return np.asarray(jnp.asarray(numbers, jnp.float32).astype(dtype), np.float64)
+
+    gate, up = rounded(gate), rounded(up)
+    if activation == "silu":
+        act = gate / (1 + np.exp(-gate))
+    else:
+        act = gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    return rounded(act) * up
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", products.FLOATS)
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_gated_layers(activation, dtype, adapted, rows):
+    rng = np.random.default_rng(0)
+    for inputs, outputs in ((24, 61), (896, 200), (1000, 1), (2000, 130)):
+        x = numbers(rng, (rows, inputs), dtype)
+        # Sums from -6 to 6, where activations bend.
+        weights = [numbers(rng, (outputs, inputs), dtype) / 16 for _ in range(2)]
+        adapters = [adapter(rng, rows, outputs, 16, dtype) for _ in range(2 * adapted)]
+        gate, up = (exact(x, w) for w in weights)
+        if adapted:
+            gate, up = (s + exact(*a) for s, a in zip((gate, up), adapters, strict=True))
+        flat = [matrix for pair in adapters for matrix in pair]
+        ours = jax.jit(products.gated, static_argnums=0)(activation, x, *weights, *flat)
+        assert ours.dtype == x.dtype
+        # In bfloat16 each of gate, up and the result may be rounded to either side.
+        expected, close = exact_gated(activation, gate, up, dtype), 1e-5
+        if dtype == "bfloat16":
+            close = 3 * 2.0**-8
+        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=close, atol=close)
+
+
+@needs_kernels
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_activations_from_end_to_end(activation):
+    """As close as float32's rounding of the exponent allows; what is infinite or not a number,
+    too."""
+    ends = np.asarray([0, np.inf, np.nan, 1e-38, 3e38, -3e38], np.float32)
+    gates = np.concatenate([np.linspace(-120, 120, 4001, dtype=np.float32), ends])
+    rows = jnp.asarray(gates)[:, None]
+    ours = np.asarray(products.gated(activation, rows, jnp.ones((1, 1)), jnp.ones((1, 1))))[:, 0]
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = gates.astype(np.float64)
+        s = wide
+        if activation == "gelu_tanh":
+            s = 2 * np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+        expected = (wide * (wide / (1 + np.exp(-s)))).astype(np.float32)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(ours[~finite], expected[~finite])
+        close = 2.0**-23 * (4 + np.minimum(np.abs(s), 104)) * np.abs(expected) + 1e-30
+        assert np.all(np.abs(ours - expected)[finite] <= close[finite])
+
+
 @needs_kernels
 def test_the_largest_integers():
     weight = jnp.full((7, 4096), -128, jnp.int8)
@@ -57,8 +136,21 @@ def test_a_row_is_the_same_among_others(dtype):
     rng = np.random.default_rng(0)
     x, weight = numbers(rng, (170, 2000), dtype), numbers(rng, (500, 2000), dtype)
     whole = np.asarray(products.product(x, weight))
-    for rows in (slice(3), slice(4, 5), slice(9, 42), slice(126, 130)):
+    for rows in SOME_ROWS:
         np.testing.assert_array_equal(products.product(x[rows], weight), whole[rows])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", products.FLOATS)
+def test_a_row_of_an_adapted_layer_is_the_same_among_others(dtype):
+    rng = np.random.default_rng(0)
+    x, low = numbers(rng, (300, 2000), dtype), numbers(rng, (300, 16), dtype)
+    gate, up = (numbers(rng, (500, 2000), dtype) / 16 for _ in range(2))
+    b = numbers(rng, (500, 16), dtype)
+    whole = np.asarray(products.gated("silu", x, gate, up, low, b, low, b))
+    for rows in (*SOME_ROWS, slice(250, 260)):
+        few = products.gated("silu", x[rows], gate, up, low[rows], b, low[rows], b)
+        np.testing.assert_array_equal(few, whole[rows])
 
 
 @needs_kernels
@@ -90,6 +182,34 @@ def test_on_eight_devices(dtype, inputs, rows):
     gathered = re.findall(r"= \w+\[(\d+),\d+\]\S* all-gather\(", text)
     assert "50" not in gathered
     assert "25" not in gathered
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", products.FLOATS)
+@pytest.mark.parametrize("inputs", [None, "fsdp"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_layers_on_eight_devices(dtype, inputs, adapted):
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rng = np.random.default_rng(0)
+
+    def put(array, *spec):
+        return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    x = numbers(rng, (8, 300), dtype)
+    gate, up = (numbers(rng, (50, 300), dtype) / 16 for _ in range(2))
+    adapters = [adapter(rng, 8, 50, 16, dtype) for _ in range(2 * adapted)]
+    cut = [put(x, "data", None), *(put(w, "tensor", inputs) for w in (gate, up))]
+    cut += [put(matrix) for pair in adapters for matrix in pair]
+    program = jax.jit(products.gated, static_argnums=0).lower("silu", *cut).compile()
+    of_gate, of_up = exact(x, gate), exact(x, up)
+    if adapted:
+        of_gate, of_up = of_gate + exact(*adapters[0]), of_up + exact(*adapters[1])
+    close = 3 * 2.0**-8 if dtype == "bfloat16" else 1e-5
+    made, expected = program(*cut), exact_gated("silu", of_gate, of_up, dtype)
+    np.testing.assert_allclose(np.asarray(made, np.float64), expected, rtol=close, atol=close)
+    text = str(program.as_text())
+    assert ("all-reduce(" in text) == (inputs is not None)
+    assert "all-gather(" not in text
 
 
 @needs_kernels

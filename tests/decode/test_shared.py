@@ -21,7 +21,8 @@ from tests.trios import PROMPTS, STEPS, complete
 def lora(llama, tmp_path_factory):
     """The llama trio with M+ = M- and a random adapter: what its torch loop draws, M+ in torch."""
     directory = tmp_path_factory.mktemp("adapter")
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj", "down_proj"])
+    modules = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules)
     fresh = type(llama.models["antiexpert"]).from_pretrained(llama.paths["antiexpert"])
     torch.manual_seed(1)
     expert = peft.get_peft_model(fresh, config).eval()

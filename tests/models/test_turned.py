@@ -15,7 +15,7 @@ from proxy_jax.models import turned
 from proxy_jax.models.decoder import apply, init
 from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.quantized import Quantized, map_weights, quantise
-from proxy_jax.models.turned import Turned
+from proxy_jax.models.turned import turn
 
 SIZES = {"D": 24, "N": 4, "H": 6, "F": 10}
 ROWS, SLOTS = (1, 8, 40), 512
@@ -53,8 +53,7 @@ def test_product(spec, rows, roles):
     first = "R" if roles else ""
     x = jnp.asarray(rng.normal(size=[sizes[a] for a in first + letters]), jnp.bfloat16)
     weight = jnp.asarray(rng.normal(size=[sizes[a] for a in w_letters]), jnp.bfloat16)
-    inputs = turned.inputs_of(spec)
-    stored = Turned(jnp.moveaxis(weight, range(inputs), range(-inputs, 0)))
+    stored = turn(weight, turned.inputs_of(spec))
     run = functools.partial(turned.product, spec)
     ours = jax.jit(jax.vmap(run, (0, None)) if roles else run)(x, stored)
     operands, result = spec.split("->")
@@ -63,10 +62,6 @@ def test_product(spec, rows, roles):
     )
     assert ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-5)
-
-
-def turn(leaf, inputs):
-    return Turned(jnp.moveaxis(leaf, range(inputs), range(-inputs, 0)))
 
 
 def to_8_bits(leaf, inputs):
