@@ -25,6 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -53,7 +54,8 @@ def available() -> bool:
             stacklevel=2,
         )
         return False
-    kernels = [f"product_{name}" for name in SUMS] + [f"gated_{name}" for name in FLOATS]
+    kernels = [f"product_{name}" for name in SUMS]
+    kernels += [f"{kernel}_{name}" for kernel in ("gated", "attend") for name in FLOATS]
     for name in kernels:
         function = jax.ffi.pycapsule(getattr(library, name))
         jax.ffi.register_ffi_target(_target(name), function, platform="cpu")
@@ -88,6 +90,21 @@ def gated(
       adapters: none, or as in `product` low and b of gate's, then of up's.
     """
     return _gated(activation, bool(adapters))(x, gate, up, *adapters)
+
+
+def attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array, scale: float
+) -> jax.Array:
+    """Grouped-query attention on one device, of one of FLOATS: [B, T, N, H].
+
+    Args:
+      q: [B, T, N, H].
+      keys, values: [B, K, S, H].
+      mask: [B, T, S] bool, True where visible.
+      scale: of the scores.
+    """
+    kernel = jax.ffi.ffi_call(_target(f"attend_{q.dtype.name}"), jax.typeof(q))
+    return kernel(q, keys, values, mask, scale=np.float32(scale))
 
 
 def _multiply(x: jax.Array, weight: jax.Array, *adapter: jax.Array) -> jax.Array:

@@ -4,20 +4,23 @@ Letters: B batch, T new tokens, S cache slots, N query heads, K kv heads, G quer
 head, H head size. Scores and softmax are float32.
 
 Tokens that attend to each other only (prefill, training, scoring) can do without the [T, S] scores
-in memory: on TPU by splash attention, a Pallas kernel of JAX, on GPU by cuDNN. `kernel` says when;
-the platform is that of the mesh, so what is compiled for a TPU elsewhere is what runs there. A
-decode step reads a cache once either way, and is plain.
+in memory: on TPU by splash attention, a Pallas kernel of JAX, on GPU by cuDNN, on CPU, where
+nothing is differentiated, by a kernel of cpu/products.py. `kernel` says when; the platform is that
+of the mesh, so what is compiled for a TPU elsewhere is what runs there. A decode step reads a cache
+once either way, and is plain.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
+from proxy_jax.cpu import products
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.einsum import einsum
 from proxy_jax.sharding import Placement
@@ -29,14 +32,19 @@ _AMPERE = 8.0
 
 def kernel(
     config: ModelConfig, place: Placement, length: int, dtype: jnp.dtype
-) -> Literal["splash", "cudnn"] | None:
+) -> Literal["splash", "cudnn", "cpu"] | None:
     """The fused kernel for `length` tokens that attend to each other; None is the plain form.
 
-    All layers must have one window, a device the kv heads of its query heads, and numbers 16 bits:
-    both kernels would round float32 to fewer. Splash takes lengths and head sizes that fill a TPU's
+    That of CPUs runs on one device, without soft-cap. For the others all layers must have one
+    window, a device the kv heads of its query heads, and numbers 16 bits: both would round float32
+    to fewer. Splash takes lengths and head sizes that fill a TPU's
     vectors (head sizes of 64, too); cuDNN, from NVIDIA's Ampere on, even lengths, head sizes up to
     128 and no soft-cap.
     """
+    if place.platform == "cpu":
+        alone = place.mesh is None or place.mesh.size == 1
+        fits = alone and length > 1 and config.attention_softcap is None
+        return "cpu" if fits and dtype.name in products.FLOATS and products.available() else None
     one_window = len(set(config.layer_windows)) == 1
     if not one_window or place.split("heads") != place.split("kv_heads") or dtype.itemsize != 2:
         return None
@@ -76,6 +84,9 @@ def attend_fresh(
         return splash_attend(q, keys, values, segments, config, place)
     if chosen == "cudnn":
         return _cudnn_attend(q, keys, values, mask, segments, config)
+    if chosen == "cpu":
+        of_rows = jnp.broadcast_to(mask, (len(q), *mask.shape[1:]))
+        return _cpu_attend(config, q, keys, values, of_rows)
     return attend(q, keys, values, mask, config)
 
 
@@ -159,6 +170,40 @@ def _cudnn_attend(
         local_window_size=None if window is None else (window - 1, 0),
         implementation="cudnn",
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cpu_attend(config: ModelConfig, *operands: jax.Array) -> jax.Array:
+    """`attend` by the CPU's kernel; where it is differentiated, plain."""
+
+    @jax.custom_batching.custom_vmap
+    def run(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        return products.attend(q, keys, values, mask, config.query_scale)
+
+    @run.def_vmap
+    def _(size: int, batched: list[bool], *operands: jax.Array) -> tuple[jax.Array, bool]:
+        of_all = [
+            x if b else jnp.broadcast_to(x, (size, *x.shape))
+            for x, b in zip(operands, batched, strict=True)
+        ]
+        made = run(*(x.reshape(-1, *x.shape[2:]) for x in of_all))
+        return made.reshape(of_all[0].shape), True
+
+    return run(*operands)
+
+
+def _cpu_attend_forward(config: ModelConfig, *operands: jax.Array) -> tuple[jax.Array, Any]:
+    def plain(q: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+        return attend(q, keys, values, mask, config)
+
+    return jax.vjp(plain, *operands)
+
+
+def _cpu_attend_backward(config: ModelConfig, back: Any, gradient: jax.Array) -> Any:
+    return back(gradient)
+
+
+_cpu_attend.defvjp(_cpu_attend_forward, _cpu_attend_backward)
 
 
 def attend(

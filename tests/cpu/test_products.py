@@ -123,6 +123,42 @@ def test_activations_from_end_to_end(activation):
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", products.FLOATS)
+@pytest.mark.parametrize(
+    "sizes", [(1, 256, 256, 12, 2, 128), (2, 50, 90, 4, 4, 64), (3, 5, 301, 6, 2, 24)]
+)
+def test_attention(dtype, sizes):
+    B, T, S, N, K, H = sizes
+    rng = np.random.default_rng(0)
+    q = numbers(rng, (B, T, N, H), dtype)
+    keys, values = (numbers(rng, (B, K, S, H), dtype) for _ in range(2))
+    # Causal, with holes; each query sees something.
+    distance = S - T + np.arange(T)[:, None] - np.arange(S)
+    mask = (distance >= 0) & ((rng.random((B, T, S)) < 0.8) | (distance == 0))
+    run = jax.jit(products.attend, static_argnums=4)
+    ours = np.asarray(run(q, keys, values, jnp.asarray(mask), 0.3), np.float64)
+    wide_q, wide_k, wide_v = (np.asarray(x, np.float64) for x in (q, keys, values))
+    wide_q = wide_q.reshape(B, T, K, N // K, H)
+    scores = 0.3 * np.einsum("btkgh,bksh->bktgs", wide_q, wide_k)
+    shares = np.exp(np.where(mask[:, None, :, None], scores, -np.inf))
+    shares /= shares.sum(-1, keepdims=True)
+    expected = np.einsum("bktgs,bksh->btkgh", shares, wide_v).reshape(B, T, N, H)
+    # In bfloat16 shares and the result are rounded.
+    close = 1e-5 if dtype == "float32" else 2.0**-8 * np.abs(expected).max()
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=close)
+    # Tokens by themselves, and what nobody may see.
+    some = slice(T // 3, T // 3 + 4)
+    few = run(q[:, some], keys, values, jnp.asarray(mask[:, some]), 0.3)
+    np.testing.assert_array_equal(np.asarray(few, np.float64), ours[:, some])
+    spoilt = keys.at[:, :, -1].set(jnp.nan), values.at[:, :, -1].set(7)
+    first = slice(0, T - 1)
+    few = run(q[:, first], *spoilt, jnp.asarray(mask[:, first]), 0.3)
+    np.testing.assert_array_equal(np.asarray(few, np.float64), ours[:, first])
+    broken = np.asarray(run(q, *spoilt, jnp.asarray(mask), 0.3), np.float64)
+    assert np.all(np.isnan(broken[:, -1]))
+
+
+@needs_kernels
 def test_the_largest_integers():
     weight = jnp.full((7, 4096), -128, jnp.int8)
     for value in (-128, 127):

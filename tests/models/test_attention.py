@@ -1,4 +1,5 @@
-"""Fused attention: splash against the plain form, step by step on CPU; cuDNN as far as lowering."""
+"""Fused attention: splash against the plain form, step by step on CPU; the CPU's kernel; cuDNN as
+far as lowering."""
 
 import dataclasses
 import types
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
+from proxy_jax.cpu import products
 from proxy_jax.models import attention
 from proxy_jax.models.config import ModelConfig, Rope
 from proxy_jax.models.decoder import abstract_params, hidden_states, stack_layers
@@ -83,20 +85,54 @@ def test_splash(window, cap, packed, mesh):
     expected = in_numpy(q, k, v, window, cap, segments)
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
-    # The gradients are those of the plain form.
-    distance = np.arange(T)[:, None] - np.arange(T)[None]
-    mask = (distance >= 0) & (distance < (window or T))
-    mask = mask[None] & (True if segments is None else segments[:, :, None] == segments[:, None])
+    mask = visible(window, segments)
 
     def plain(q, k, v):
-        return attention.attend(q, k, v, jnp.asarray(mask), model)
+        return attention.attend(q, k, v, mask, model)
 
-    gradients = [
-        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weights), argnums=(0, 1, 2)))(q, k, v)
-        for f in (run, plain)
-    ]
-    for found, wanted in zip(*gradients, strict=True):
+    for found, wanted in zip(*gradients((run, plain), q, k, v, weights), strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+def visible(window, segments):
+    """The mask, [1 or B, T, T]."""
+    distance = np.arange(T)[:, None] - np.arange(T)[None]
+    mask = (distance >= 0) & (distance < (window or T))
+    same = True if segments is None else segments[:, :, None] == segments[:, None]
+    return jnp.asarray(mask[None] & same)
+
+
+def gradients(functions, q, k, v, weights):
+    """Of each function of q, k and v, summed with these weights."""
+    return [
+        jax.jit(jax.grad(lambda *a, f=f: jnp.sum(f(*a) * weights), argnums=(0, 1, 2)))(q, k, v)
+        for f in functions
+    ]
+
+
+@pytest.mark.skipif(not products.available(), reason="this machine has no kernels")
+@pytest.mark.parametrize(("window", "packed"), [(None, False), (70, True)])
+def test_on_cpu(window, packed):
+    model = config(layer_windows=(window, window))
+    assert attention.kernel(model, LOCAL, T, jnp.dtype("float32")) == "cpu"
+    segments = np.sort(np.arange(B * T).reshape(B, T) % 3, axis=1) if packed else None
+    q, k, v, weights = inputs()
+    mask = visible(window, segments)
+
+    def run(q, k, v):
+        return attention.attend_fresh(q, k, v, mask, None, model, LOCAL)
+
+    def plain(q, k, v):
+        return attention.attend(q, k, v, mask, model)
+
+    out = jax.jit(run)(q, k, v)
+    np.testing.assert_allclose(out, in_numpy(q, k, v, window, None, segments), atol=2e-6)
+    roles = jax.jit(jax.vmap(run, (0, 0, None)))(jnp.stack([q, 2 * q]), jnp.stack([k, v]), v)
+    np.testing.assert_array_equal(roles[0], out)
+    np.testing.assert_array_equal(roles[1], jax.jit(run)(2 * q, v, v))
+    # Where it is differentiated, it is the plain form.
+    for found, wanted in zip(*gradients((run, plain), q, k, v, weights), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 class OnTPU(Placement):
@@ -133,10 +169,16 @@ class OnOldGPU(OnGPU):
         (OnGPU(), {}, 30, "float32", None),
         (OnGPU(), {"head_dim": 256}, 30, "bfloat16", None),
         (OnGPU(), {"attention_softcap": 50.0}, 30, "bfloat16", None),
-        (LOCAL, {}, 256, "bfloat16", None),
+        (LOCAL, {}, 256, "bfloat16", "cpu"),
+        (LOCAL, {"layer_windows": (None, 9)}, 31, "float32", "cpu"),
+        (LOCAL, {}, 1, "bfloat16", None),
+        (LOCAL, {}, 256, "float16", None),
+        (LOCAL, {"attention_softcap": 50.0}, 256, "bfloat16", None),
+        (Placement(make_mesh({"data": 2})), {}, 256, "bfloat16", None),
     ],
 )
-def test_when_a_kernel_is_taken(place, fields, length, dtype, chosen):
+def test_when_a_kernel_is_taken(place, fields, length, dtype, chosen, monkeypatch):
+    monkeypatch.setattr(products, "available", lambda: True)
     assert attention.kernel(config(**fields), place, length, jnp.dtype(dtype)) == chosen
 
 
