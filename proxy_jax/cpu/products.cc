@@ -2,7 +2,8 @@
 // is the dot product of a row of x and one of w, both read as they lie, and is summed in one order,
 // whatever the other rows are: register after register into the lanes of one, then the lanes in a
 // tree, then chunk after chunk of the inputs. What an adapter adds, low[rows, rank] times
-// b[outs, rank], counts as more inputs of the last chunk.
+// b[outs, rank], counts as more inputs of the last chunk. Gated layers and attention are made of such
+// products, whose sums stay in cache.
 
 #include <immintrin.h>
 

@@ -2,7 +2,8 @@
 
 XLA's own read weights of 16 and 8 bits at half the speed of the memory, and multiply few rows at
 half that of the processor or less (docs/performance.md). Theirs are the same sums of the same
-products: exactly so for integers, in another order for floating-point numbers.
+products: exactly so for integers, in another order for floating-point numbers. Gated layers and
+attention are made of them in one piece: their sums do not go through memory.
 
 The kernels, products.cc, are compiled by the machine's C++ compiler when they are first asked for,
 and kept in ~/.cache/proxy_jax/kernels. Without the instructions or a compiler XLA multiplies.

@@ -37,9 +37,8 @@ def kernel(
 
     That of CPUs runs on one device, without soft-cap. For the others all layers must have one
     window, a device the kv heads of its query heads, and numbers 16 bits: both would round float32
-    to fewer. Splash takes lengths and head sizes that fill a TPU's
-    vectors (head sizes of 64, too); cuDNN, from NVIDIA's Ampere on, even lengths, head sizes up to
-    128 and no soft-cap.
+    to fewer. Splash takes lengths and head sizes that fill a TPU's vectors (head sizes of 64, too);
+    cuDNN, from NVIDIA's Ampere on, even lengths, head sizes up to 128 and no soft-cap.
     """
     if place.platform == "cpu":
         alone = place.mesh is None or place.mesh.size == 1
