@@ -170,9 +170,9 @@ def test_memory_counts_scores_where_they_are_held(llama, monkeypatch):
     trio = open_trio({role: llama.spec(role) for role in ("base", "expert", "antiexpert")})
     given = trio.passes("separate"), Placement(make_mesh({})), 4, dict.fromkeys(trio.roles, 300), 12
     rows = prefill_rows(512, 4, given[1])  # of the longest prompt's bucket
-    assert memory.estimate(trio, *given).prefill == 2 * rows * 4 * 512**2 * 4  # 4 heads
-    monkeypatch.setattr(attention, "kernel", lambda *_: "splash")
-    assert memory.estimate(trio, *given).prefill == 0
+    for kernel, scores in ((None, 2 * rows * 4 * 512**2 * 4), ("splash", 0)):  # 4 heads
+        monkeypatch.setattr(attention, "kernel", lambda *_, kernel=kernel: kernel)
+        assert memory.estimate(trio, *given).prefill == scores
 
 
 def test_the_mesh_of_a_job_is_the_one_it_has(llama, tmp_path):
