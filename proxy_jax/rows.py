@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import gzip
-import json
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from proxy_jax.errors import InputError
+from proxy_jax.reading import CheckedFields, parse_json, reading, reason
 
 _SUFFIXES = (".jsonl", ".json", ".csv")
 _ABSENT = object()
@@ -33,7 +32,7 @@ class Hub:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Row(CheckedFields):
     """One row.
 
     Attributes:
@@ -134,7 +133,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             where = f"{path}:{number}"
-            yield Row(where, number, _object(_json(line, where), where))
+            yield Row(where, number, _object(parse_json(line, where), where))
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -147,9 +146,9 @@ def read_json(path: Path) -> Iterator[Row]:
     if len(lines) > 1 and lines[0].rstrip().endswith("}"):  # as the datasets library writes it
         yield from read_jsonl(path)
         return
-    content = _json("".join(lines), str(path))
-    if isinstance(content, dict):  # TriviaQA's files
-        content = content.get("Data")
+    content = parse_json("".join(lines), path)
+    if isinstance(content, dict):  # one row; TriviaQA's files have all of theirs in "Data"
+        content = content.get("Data", [content])
     if not isinstance(content, list):
         raise InputError(f"{path}: expected a list of rows, or an object with a list 'Data'")
     for number, fields in enumerate(content, 1):
@@ -163,19 +162,29 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
       InputError: it cannot be read.
     """
-    try:
-        with _open(path) as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{path}: {reason}") from error
+    with reading(path):
+        if path.exists() and not path.is_file():
+            raise InputError(
+                f"{path}: not a regular file; a job reads its rows again when it goes on, so they "
+                "must lie in one"
+            )
+        try:
+            with _open(path) as file:
+                yield from file
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: not UTF-8 ({reason(error)})") from error
 
 
 def local_path(location: str) -> Path:
-    """A path with ~ and variables filled in."""
-    return Path(os.path.expandvars(location)).expanduser()
+    """A path with ~ and variables filled in.
+
+    Raises:
+      InputError: no path can be spelled so: a NUL, or the home of a user that does not exist.
+    """
+    if "\0" in location:
+        raise InputError(f"{location!r}: not a path, it holds a NUL")
+    with reading(location, "not a path"):
+        return Path(os.path.expandvars(location)).expanduser()
 
 
 def is_hub_id(location: str) -> bool:
@@ -192,23 +201,9 @@ def _open(path: Path) -> IO[str]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    try:
+    with reading(path, "not CSV"):
         for number, fields in enumerate(csv.DictReader(read_lines(path)), 1):
             yield Row(f"{path}: record {number}", number, dict(fields))
-    except csv.Error as error:
-        raise InputError(f"{path}: not CSV ({error})") from error
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
-        raise InputError(f"{where}: not valid Unicode ({error.reason})") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({error})") from error
-    return value
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -231,8 +226,9 @@ def _read_hub(hub: Hub) -> list[Row]:
         else:
             table = datasets.load_dataset(hub.id, hub.subset, split=hub.split)
     except Exception as error:  # network, authorisation, format: of several libraries
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{hub.id}: no such file, and not from the hub ({reason})") from error
+        raise InputError(
+            f"{hub.id}: no such file, and not from the hub ({reason(error)})"
+        ) from error
     rows = [Row(f"{hub.id}:{hub.split}:{i}", i, dict(fields)) for i, fields in enumerate(table, 1)]
     if not rows:
         raise InputError(f"{hub.id}: no rows in split {hub.split!r}")

@@ -82,7 +82,7 @@ def test_hub_that_gives_nothing(monkeypatch):
         raise ConnectionError("no route\nat all")
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(InputError, match=r"owner/set: no such file, .* hub \(no route\)$"):
+    with pytest.raises(InputError, match=r"owner/set: no such file, .* hub \(no route at all\)$"):
         read_rows("", HUB)
     empty = types.SimpleNamespace(load_dataset=lambda *names, **settings: [])
     monkeypatch.setitem(sys.modules, "datasets", empty)
@@ -101,9 +101,13 @@ def test_hub_that_gives_nothing(monkeypatch):
         ("a.jsonl", '{"a": 1}\n{"a"\n', r"a.jsonl:2: not JSON \(Expecting ':' delimiter.*\)$"),
         ("a.jsonl", "[" * 100_000, r"a.jsonl:1: not JSON \(.*\)$"),
         ("a.jsonl", "\n\n[1]\n", "a.jsonl:3: expected a JSON object, found list$"),
-        ("a.jsonl", '{"a": "\\ud800"}', r"a.jsonl:1: not valid Unicode \(surrogates not allowed"),
+        ("a.jsonl", '{"a": "\\ud800"}', r"a.jsonl:1: not valid Unicode \(.*surrogates not allowed"),
         ("a.jsonl", "\n", "a.jsonl: no rows$"),
-        ("a.json", '{"b": 1}', "a.json: expected a list of rows, or an object with a list 'Data'$"),
+        (
+            "a.json",
+            '{"Data": 1}',
+            "a.json: expected a list of rows, or an object with a list 'Data'$",
+        ),
         ("a.json", "[1]", "a.json: row 1: expected a JSON object, found int$"),
         ("a.json", "", "a.json: not JSON"),
         ("a.csv", "a,b\n", "a.csv: no rows$"),
@@ -114,7 +118,7 @@ def test_hub_that_gives_nothing(monkeypatch):
         (
             "a.jsonl.gz",
             gzip.compress(b"{}" * 99, mtime=0)[:-4],
-            "a.jsonl.gz: Compressed file ended before",
+            "a.jsonl.gz: cannot be read .Compressed file ended before",
         ),
     ],
 )
