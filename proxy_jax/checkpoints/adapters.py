@@ -16,12 +16,12 @@ from safetensors.numpy import save_file
 
 from proxy_jax.checkpoints.names import Tensor, tensors
 from proxy_jax.checkpoints.native import TrainedArrays, find_run
-from proxy_jax.checkpoints.safetensors import read_json
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.lora import attach
 from proxy_jax.models.turned import Turned, turn
+from proxy_jax.reading import read_json
 from proxy_jax.sharding import Placement
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -20,9 +20,10 @@ import numpy as np
 import tensorstore as ts
 
 from proxy_jax.checkpoints.names import Tensor, tensors
-from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint, read_json
+from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.hf_config import config_from_hf
+from proxy_jax.reading import read_json
 
 _MANIFEST, _CHECKPOINTS, _MODEL = "manifest.json", "checkpoints", "model"
 _STORE, _TRAINED, _METADATA = "state", "trained.", "/zarr.json"

@@ -17,6 +17,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.hf_config import config_to_hf
+from proxy_jax.reading import read_json
 from proxy_jax.tokenization import open_tokenizer
 
 _WHOLE = "model.safetensors"
@@ -199,20 +200,3 @@ def _leaf(params: Any, path: tuple[str | int, ...]) -> np.ndarray:
     for key in path:
         params = params[key]
     return np.asarray(params)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON file.
-
-    Raises:
-      InputError: the file is absent or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except ValueError as error:  # of the JSON or of the encoding
-        raise InputError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return value
