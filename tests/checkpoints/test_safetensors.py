@@ -156,7 +156,7 @@ def test_the_config_is_read_without_the_weights(llama):
         (None, "no such file"),
         (b"", "not JSON"),
         (b'{"model_type": "llama"', "not JSON"),
-        (b'{"model_type": "\xff\xfe"}', "not JSON"),
+        (b'{"model_type": "\xff\xfe"}', "not UTF-8"),
         (b'["llama"]', "not a JSON object"),
     ],
 )
