@@ -3,7 +3,8 @@
 A run of train.sft leaves manifest.json (its "config" started the run), checkpoints/STEP, and, where
 all weights are trained, model/ with config.json and the tokenizer. A checkpoint is Orbax's: one
 OCDBT store of Zarr arrays, each named by its path in the training state, of which TensorStore reads
-the parts that are asked for. Weights are below "trained", layers unrolled or stacked.
+the parts that are asked for. Weights are below "trained", layers unrolled or stacked. They are
+compared with the checksums that the run has left (checksums.py).
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from proxy_jax.checkpoints.checksums import Checksums, store_spec
 from proxy_jax.checkpoints.names import Tensor, tensors
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.hf_config import config_from_hf
-from proxy_jax.reading import read_json
+from proxy_jax.reading import Fields, read_json, reason
 
 _MANIFEST, _CHECKPOINTS, _MODEL = "manifest.json", "checkpoints", "model"
-_STORE, _TRAINED, _METADATA = "state", "trained.", "/zarr.json"
+_TRAINED, _METADATA = "trained.", "/zarr.json"
 _CACHE_ROOM = 2**20  # what a cached array takes besides its numbers; without it nothing stays
 
 
@@ -83,14 +85,13 @@ def _is_run(directory: Path) -> bool:
 
 def _settings(manifest: Path) -> tuple[str, int, float]:
     """Base, LoRA's rank and lora_alpha."""
-    config: Any = read_json(manifest).get("config")
-    try:
-        base, rank, alpha = config["base"], config["lora"]["rank"], config["lora"]["alpha"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{manifest}: not the manifest of a training run") from error
-    if not isinstance(rank, int) or not isinstance(alpha, (int, float)):
-        raise InputError(f"{manifest}: lora.rank and lora.alpha must be numbers")
-    if not isinstance(base, str) or (rank and not base):
+    config = Fields(str(manifest), read_json(manifest)).inner("config")
+    lora = config and config.inner("lora")
+    if not config or not lora:
+        raise InputError(f"{manifest}: not the manifest of a training run")
+    rank, alpha = lora.integer("rank", 0), lora.real("alpha", above=0)
+    base = config.string("base", default="")
+    if rank and not base:
         raise InputError(f"{manifest}: base must be the path or hub id of a model")
     return os.path.expandvars(base), rank, alpha
 
@@ -162,6 +163,7 @@ class TrainedArrays:
         self._checkpoint = checkpoint
         self._table = {tensor.name: tensor for tensor in table}
         self._layers = len({tensor.path[1] for tensor in table if tensor.path[0] == "layers"})
+        self._checksums = Checksums(checkpoint)
         self._current: tuple[str, Any] = ("", None)
 
     @property
@@ -215,7 +217,7 @@ class TrainedArrays:
     @functools.cached_property
     def _stored(self) -> dict[str, ts.TensorStore]:
         below = ts.KvStore.KeyRange(_TRAINED, _TRAINED[:-1] + "/")  # "/" comes after "."
-        store = ts.KvStore.open(self._spec)
+        store = ts.KvStore.open(store_spec(self._checkpoint))
         keys = self._try(
             "its arrays", lambda: [k.decode() for k in store.result().list(below).result()]
         )
@@ -229,15 +231,10 @@ class TrainedArrays:
         opening = {name: self._open(name) for name in names}
         return {name: self._try(name, opening[name].result) for name in names}
 
-    @property
-    def _spec(self) -> dict[str, Any]:
-        path = f"{(self._checkpoint / _STORE).absolute()}/"
-        return {"driver": "ocdbt", "base": {"driver": "file", "path": path}}
-
     def _open(self, array: str, cache: int = 0) -> Any:
         spec = {
             "driver": "zarr3",
-            "kvstore": {**self._spec, "path": f"{_TRAINED}{array}/"},
+            "kvstore": {**store_spec(self._checkpoint), "path": f"{_TRAINED}{array}/"},
             "fill_missing_data_reads": False,  # an error, not zeros
             # What is cached does not change.
             "recheck_cached_metadata": "open",
@@ -252,6 +249,7 @@ class TrainedArrays:
         A stored piece may hold several layers, or what several devices ask for.
         """
         if self._current[0] != array:
+            self._checksums.check(f"{_TRAINED}{array}/")
             stored = self._stored[array]
             size = math.prod(stored.shape) * stored.dtype.numpy_dtype.itemsize
             self._current = ("", None)  # let go of the one before
@@ -261,9 +259,11 @@ class TrainedArrays:
     def _try(self, what: str, read: Callable[[], Any]) -> Any:
         try:
             return read()
-        except (ValueError, OSError) as error:
-            reason = str(error).split(" [")[0]  # TensorStore appends where in its code
-            raise InputError(f"{self._checkpoint}: cannot read {what} ({reason})") from error
+        except InputError:
+            raise
+        except Exception as error:  # TensorStore raises many kinds
+            why = reason(error).split(" [")[0]  # it appends where in its code
+            raise InputError(f"{self._checkpoint}: cannot read {what} ({why})") from error
 
 
 def _index_of_ours(tensor: Tensor, index: tuple[slice, ...]) -> tuple[slice, ...]:

@@ -308,7 +308,7 @@ def change_json(file: str, **fields: Any) -> Any:
         (change_json("manifest.json", config={"base": {}}), "not the manifest of a training run"),
         (
             change_json("manifest.json", config={"base": "", "lora": {"rank": "1", "alpha": 1}}),
-            "lora.rank and lora.alpha must be numbers",
+            "config: lora: rank must be an integer, not .1.$",
         ),
         (
             change_json("manifest.json", config={"base": "", "lora": {"rank": 1, "alpha": 1}}),
