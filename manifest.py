@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -18,20 +19,21 @@ from typing import Any
 import jax
 
 from proxy_jax.errors import InputError
+from proxy_jax.reading import read_json
 
 FILE = "manifest.json"
 _PACKAGES = ("proxy_jax", "jax", "jaxlib", "flax", "transformers", "numpy")
 
 
-def new(config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+def new(config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
     """The content of a new manifest.
 
     Args:
       config: resolved.
-      inputs: digests of the files that the result depends on.
+      inputs: what else the result depends on, by name: digests, mostly.
     """
     # Through JSON: tuples become lists, as they are when read back.
-    return {"config": json.loads(json.dumps(config)), "inputs": inputs, "runs": []}
+    return json.loads(json.dumps({"config": config, "inputs": inputs, "runs": []}))
 
 
 def read(directory: Path) -> dict[str, Any] | None:
@@ -43,11 +45,9 @@ def read(directory: Path) -> dict[str, Any] | None:
     path = directory / FILE
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a manifest of a job") from error
-    if not isinstance(content, dict) or not {"config", "inputs", "runs"} <= content.keys():
+    content = read_json(path)
+    kinds = {"config": dict, "inputs": dict, "runs": list}
+    if not all(isinstance(content.get(name), kind) for name, kind in kinds.items()):
         raise InputError(f"{path}: not a manifest of a job")
     return content
 
@@ -116,6 +116,9 @@ def _commit() -> str | None:
     """The checkout's commit, "+changes" if files differ; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
+        # Installed below somebody's repository, it is not part of that.
+        known = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(known, capture_output=True, check=True)
         commit = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
@@ -138,5 +141,11 @@ def _difference(
             if inner := _difference(before, after, free, f"{prefix}{key}."):
                 return inner
             continue
-        return f"{prefix}{key}: {before!r}, now {after!r}"
+        return f"{prefix}{key}: {_brief(before)}, now {_brief(after)}"
     return None
+
+
+def _brief(value: Any) -> str:
+    """A value as a line quotes it; of a digest the beginning."""
+    digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"{value[:12]}..." if digest else repr(value)

@@ -56,9 +56,10 @@ def main(config: ConfigDict) -> None:
         trio, passes, place, options.batch_size, contexts, options.max_new_tokens
     ).check()
 
-    inputs = {"prompts": manifest.digest(local_path(config.prompts.path))}
+    inputs = job.inputs(trio, rows, requests)
+    texts = [row.prompt.text for row in rows for _ in range(options.samples)]
     directory = local_path(config.output_dir)
-    with contextlib.closing(open_output(directory, job.resolved(config), inputs)) as output:
+    with contextlib.closing(open_output(directory, job.resolved(config), inputs, texts)) as output:
         waiting = [request for request in requests if request.row not in output.done]
         resumed = len(requests) - len(waiting)
         summary: dict[str, Any] = {"rows": len(waiting), "rows_resumed": resumed}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from decode.requests import Options, Request, as_schedule
@@ -18,7 +20,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.rows import Row, local_path, read_jsonl
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from proxy_jax.tokenization import Prompt
-from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio
+from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio, identify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +172,26 @@ def job_requests(
     names = [f"line {row.line}" for row in rows]
     requests = make_requests(trio, options, prompts, alphas, names)
     return requests, longest_contexts(requests)
+
+
+def inputs(trio: Trio, rows: Sequence[PromptRow], requests: Sequence[Request]) -> dict[str, Any]:
+    """What a job's outputs depend on besides its config: its models and what they read and end at.
+
+    Raises:
+      InputError: a model's file that cannot be read.
+    """
+    prompts = hashlib.sha256()
+    for row in rows:
+        prompts.update(repr((row.line, row.id, row.prompt.text)).encode("utf-8", "surrogatepass"))
+    for request in requests:
+        prompts.update(repr((request.alpha, request.max_new_tokens, *request.ids)).encode())
+        for ids in request.ids.values():
+            prompts.update(np.asarray([len(ids), *ids], np.int64).tobytes())
+    return {
+        "prompts": prompts.hexdigest(),
+        "ends": list(trio.eos_ids()),
+        **identify({role: member.spec for role, member in trio.members.items()}),
+    }
 
 
 def _prompt_row(config: ConfigDict, row: Row) -> PromptRow:

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,11 +20,18 @@ import jax
 import manifest
 import processes
 from proxy_jax.errors import InputError
+from proxy_jax.reading import parse_json, reading
+from proxy_jax.rows import Row
+from proxy_jax.trio import ROLES
 
-# Config fields that do not change a row's result, and may differ when a job is resumed.
+# Config fields that do not change a row's result, and may differ when a job is resumed. Models are
+# told apart by what is in their files, which is among the inputs, not by their paths.
+_PATHS = [f"{role}.{field}" for role in ROLES for field in ("path", "adapter")]
 _FREE = (
-    "output_dir", "overwrite", "chunk_steps", "distributed", "benchmark", "topology", "context"
+    "output_dir", "overwrite", "chunk_steps", "distributed", "benchmark", "topology", "context",
+    "prompts.path", *_PATHS, *(f"models.{path}" for path in _PATHS),
 )  # fmt: skip
+RENDERED = "rendered"  # an input that is known, and compared, only when rows are written
 
 
 class OutputFile:
@@ -32,20 +40,29 @@ class OutputFile:
     Args:
       directory: created if need be.
       config: the resolved config, as a dict.
-      inputs: digests of the files the job reads, compared when it is resumed.
+      inputs: what else the rows depend on, compared when the job is resumed.
+      prompts: by row, the text of its prompt.
       write: False only reads what is done.
 
     Attributes:
       done: rows that are already there.
 
     Raises:
-      InputError: another job's output, a job that still runs, a directory that is not writable.
+      InputError: another job's output, rows that are not this job's, a job that still runs, a
+        directory that is not writable.
     """
 
     def __init__(
-        self, directory: Path, config: dict[str, Any], inputs: dict[str, str], *, write: bool = True
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        inputs: dict[str, Any],
+        prompts: Sequence[str],
+        *,
+        write: bool = True,
     ):
         self.path = directory / "outputs.jsonl"
+        self._prompts = prompts
         self._write = write
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -66,7 +83,10 @@ class OutputFile:
         Raises:
           InputError: the disk is full or fails; the rows written before are kept.
         """
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        with reading(self.path, "cannot write"):  # NaN, say, which JSON does not have
+            lines = "".join(
+                json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records
+            )
         try:
             rest = memoryview(lines.encode())
             while rest:  # an unbuffered file may take a part
@@ -82,7 +102,9 @@ class OutputFile:
     def finish(self, summary: dict[str, Any]) -> None:
         """Puts the rows in the order of the prompts, and completes the manifest."""
         self._file.seek(0)
-        lines = sorted(self._file.read().splitlines(keepends=True), key=_row)
+        lines = sorted(
+            self._file.read().splitlines(keepends=True), key=lambda x: json.loads(x)["row"]
+        )
         self._content["runs"][-1] |= summary | {"seconds": round(time.time() - self._started, 1)}
         self._save_manifest()
         manifest.replace(self.path, b"".join(lines))  # last: the lock is the replaced file's
@@ -97,11 +119,12 @@ class OutputFile:
         except OSError as error:
             raise InputError(f"{self.path}: another process is writing it") from error
 
-    def _resume_manifest(self, config: dict[str, Any], inputs: dict[str, str]) -> dict[str, Any]:
+    def _resume_manifest(self, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         new, old = manifest.new(config, inputs), manifest.read(self.path.parent)
         if old is None and self.path.stat().st_size:
             raise InputError(f"{self.path}: exists, but no {manifest.FILE} says what made it")
-        if old and (changed := manifest.changed(old, new, _FREE)):
+        free = _FREE if self._write else (*_FREE, RENDERED)
+        if old and (changed := manifest.changed(old, new, free)):
             if not (config.get("overwrite") and self._write):
                 raise InputError(
                     f"{self.path.parent}: made by another job ({changed}); choose another "
@@ -120,13 +143,27 @@ class OutputFile:
         whole = data.rfind(b"\n") + 1
         if whole < len(data) and self._write:
             self._file.truncate(whole)
-        rows = set()
+        rows: set[int] = set()
         for number, line in enumerate(data[:whole].splitlines(), 1):
-            try:
-                rows.add(_row(line))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path}:{number}: not a row of this job") from error
+            row = self._row(line, number)
+            if row in rows:
+                raise InputError(f"{self.path}:{number}: row {row} is there twice")
+            rows.add(row)
         return rows
+
+    def _row(self, line: bytes, number: int) -> int:
+        """The row that a line is of, once it is clear that this job may have written it."""
+        where = f"{self.path}:{number}"
+        fields = parse_json(line, where)
+        if not isinstance(fields, dict):
+            raise InputError(f"{where}: not a row of this job")
+        record = Row(where, number, fields)
+        row = record.integer("row", 0, len(self._prompts) - 1)
+        if record.field("prompt") != self._prompts[row]:
+            raise InputError(f"{where}: row {row} has another prompt in this job")
+        if "letters" not in fields:
+            record.text("text", empty=True)
+        return row
 
     def _save_manifest(self) -> None:
         manifest.write(self.path.parent, self._content)
@@ -157,7 +194,9 @@ class FollowedOutput:
 Output: TypeAlias = OutputFile | FollowedOutput
 
 
-def open_output(directory: Path, config: dict[str, Any], inputs: dict[str, str]) -> Output:
+def open_output(
+    directory: Path, config: dict[str, Any], inputs: dict[str, Any], prompts: Sequence[str]
+) -> Output:
     """The output file in a job of any number of processes: the first one writes it.
 
     The others hear from the first what is done, and need not see the directory.
@@ -167,11 +206,7 @@ def open_output(directory: Path, config: dict[str, Any], inputs: dict[str, str])
     """
     processes.check_same(manifest.new(config, inputs))
     if jax.process_index() == 0:
-        output = OutputFile(directory, config, inputs)
+        output = OutputFile(directory, config, inputs, prompts)
         processes.from_first(sorted(output.done))
         return output
     return FollowedOutput(directory / "outputs.jsonl", set(processes.from_first(None)))
-
-
-def _row(line: bytes) -> int:
-    return json.loads(line)["row"]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from proxy_jax.checkpoints.adapters import read_adapter, with_adapter
+from proxy_jax.checkpoints.fingerprint import fingerprint
 from proxy_jax.checkpoints.loading import (
     Checkpoint,
     Progress,
@@ -282,6 +283,36 @@ def _open(spec: ModelSpec) -> Checkpoint:
         if spec.adapter:
             raise InputError(f"base of {spec.adapter}: {error}") from error
         raise
+
+
+def identify(specs: Mapping[Role, ModelSpec]) -> dict[Role, dict[str, Any]]:
+    """Says which models these are, by what is in their files and not by where they lie.
+
+    Returns:
+      By role, the fingerprints of the model and of its adapter (proxy_jax.checkpoints.fingerprint)
+      and, of a run, the number of the checkpoint.
+
+    Raises:
+      InputError: a model that is not there, or whose files cannot be read.
+    """
+    found: dict[str, str] = {}  # one model may play two roles
+
+    def digest(location: str) -> str:
+        if location not in found:
+            path = Path(location).expanduser()
+            found[location] = fingerprint(path if path.exists() else open_checkpoint(location).path)
+        return found[location]
+
+    identities = {}
+    for role, given in specs.items():
+        spec = _resolve(given)
+        runs = [Path(path) for path in (spec.adapter, spec.path) if path]
+        identities[role] = {
+            "model": digest(spec.path),
+            "adapter": digest(spec.adapter) if spec.adapter else "",
+            "checkpoint": next((int(run.name) for run in runs if find_run(run)), None),
+        }
+    return identities
 
 
 def load_trio(

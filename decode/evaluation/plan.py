@@ -23,14 +23,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.defaults import decoding
-from decode.job import resolved
-from decode.outputs import Output, OutputFile, open_output
+from decode.job import model_specs, resolved
+from decode.outputs import RENDERED, Output, OutputFile, open_output
 from decode.requests import Schedule, as_schedule
 from decode.tasks import Example, Task, load_judge, load_task
 from proxy_jax.errors import InputError
 from proxy_jax.rows import local_path
 from proxy_jax.tokenization import Prompt, Template
-from proxy_jax.trio import ROLES
+from proxy_jax.trio import ROLES, identify
 
 ROWS = (*ROLES, "proxy", "tuned")
 # Fields of the config that hold for every row, and those of the proxy alone.
@@ -73,8 +73,9 @@ class Job:
       examples: of the task, or the first of them.
       prompts: one an example, as the row's models read them.
       templates: of the row's models, by role.
+      texts: the prompts' texts by completion, of all the data: more can be asked later.
       settings, inputs: what the completions depend on, for the manifest; all the data's prompts
-        among it, so that more examples can be asked later.
+        among it.
     """
 
     run: TaskRun
@@ -85,8 +86,9 @@ class Job:
     examples: Sequence[Example]
     prompts: Sequence[Prompt]
     templates: Mapping[str, str]
+    texts: Sequence[str]
     settings: Mapping[str, Any]
-    inputs: Mapping[str, str]
+    inputs: Mapping[str, Any]
 
     @property
     def completions(self) -> int:
@@ -106,7 +108,7 @@ class Job:
         """
         if not self.outputs.exists():
             return self.completions
-        given = self.directory, dict(self.settings), dict(self.inputs)
+        given = self.directory, dict(self.settings), dict(self.inputs), self.texts
         try:
             with contextlib.closing(OutputFile(*given, write=False)) as output:
                 return len(set(range(self.completions)) - output.done)
@@ -115,9 +117,18 @@ class Job:
                 return self.completions
             raise
 
-    def open(self) -> Output:
-        """The file, to write what is missing."""
-        return open_output(self.directory, dict(self.settings), dict(self.inputs))
+    def open(self, first_prompt: Mapping[str, Sequence[int]]) -> Output:
+        """The file, to write what is missing.
+
+        Args:
+          first_prompt: what each role reads of the first example: a template may change with the
+            day.
+        """
+        inputs = {
+            **self.inputs,
+            RENDERED: _digest({r: list(ids) for r, ids in first_prompt.items()}),
+        }
+        return open_output(self.directory, dict(self.settings), inputs, self.texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,8 +256,9 @@ def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> Job:
         examples=task.examples[: run.asked],
         prompts=prompts[: run.asked],
         templates=templates,
+        texts=[prompt.text for prompt in prompts for _ in range(task.decoding.samples)],
         settings=settings,
-        inputs={"prompts": _digest(content)},
+        inputs={"prompts": _digest(content), **identify(model_specs(own))},
     )
 
 

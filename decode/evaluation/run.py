@@ -122,8 +122,9 @@ def decode_row(opened: OpenRow) -> None:
 
 def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(contextlib.closing(one.open())) for one in work.jobs]
-        _write_first_prompt(work)
+        first = work.trio.encode(work.jobs[0].prompts[0])
+        files = [stack.enter_context(contextlib.closing(one.open(first))) for one in work.jobs]
+        _write_first_prompt(work, first)
         pairs = list(zip(work.jobs, files, strict=True))
         resumed = [len(file.done & set(range(one.completions))) for one, file in pairs]
         bar = stack.enter_context(
@@ -282,11 +283,10 @@ def _prompted(trio: Trio, templates: Mapping[str, str]) -> Trio:
     return dataclasses.replace(trio, members=members)
 
 
-def _write_first_prompt(work: Work) -> None:
+def _write_first_prompt(work: Work, ids: Mapping[str, Sequence[int]]) -> None:
     """What each role reads of the first example, for the report."""
     first = work.jobs[0]
     if first.number or jax.process_index() > 0:
         return
-    ids = work.trio.encode(first.prompts[0])
     texts = {role: work.trio.tokenizer.decode(some) for role, some in ids.items()}
     manifest.replace(first.directory / FIRST_PROMPT, json.dumps(texts, indent=2).encode())
