@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 
 import launch
 import manifest
+from configs.defaults import decoding
 from decode import job, memory, timing
 from decode.timing import Case, Times
 from decode.torch_loop import TorchTrio
@@ -326,4 +327,4 @@ def plot(rows: Sequence[Row]) -> Figure:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, lambda _: decoding())

@@ -12,6 +12,7 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 import launch
+from configs.defaults import decoding
 from decode import job, memory
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import Trio, open_trio
@@ -104,4 +105,4 @@ def print_memory(
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, lambda _: decoding())

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 import launch
 from configs.architectures import ARCHITECTURES
+from configs.defaults import decoding
 from decode import job, memory
 from decode.layouts import (
     Shapes,
@@ -331,4 +332,4 @@ def _fail(reason: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, lambda _: decoding())

@@ -22,6 +22,8 @@ from tqdm import tqdm
 
 import launch
 import manifest
+from configs.defaults import decoding
+from configs.evaluate.defaults import evaluation
 from decode.evaluation.plan import Evaluation, plan_evaluation
 from decode.evaluation.report import write_report
 from decode.evaluation.results import make_results
@@ -46,6 +48,11 @@ def main(config: ConfigDict) -> None:
         for warning in filter(None, map(below_expert, results["tasks"].values())):
             print(f"warning: {warning}")
         print(f"report in {evaluation.directory / 'report.html'}")
+
+
+def defaults(config: ConfigDict) -> ConfigDict:
+    """An evaluation of the config's tasks, with every field."""
+    return evaluation(decoding(), *config.tasks)
 
 
 def _publish(
@@ -94,4 +101,4 @@ def _runs(evaluation: Evaluation, waiting: Collection[Path]) -> list[dict[str, A
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, defaults)

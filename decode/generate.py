@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import launch
 import manifest
+from configs.defaults import decoding
 from decode import job, memory
 from decode.explain import Words, read_records, summarise
 from decode.outputs import open_output
@@ -154,4 +155,4 @@ def _first_process() -> bool:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, lambda _: decoding())

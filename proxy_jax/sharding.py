@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
+from proxy_jax.reading import reading
 
 MESH_AXES = ("data", "fsdp", "tensor")
 Axes = tuple[str | None, ...]
@@ -143,6 +146,19 @@ def is_axes(leaf: Any) -> bool:
     return isinstance(leaf, tuple) and all(a is None or isinstance(a, str) for a in leaf)
 
 
+def all_devices() -> list[jax.Device]:
+    """Lists the devices of all processes.
+
+    Raises:
+      InputError: $JAX_PLATFORMS names none, or one that is not there.
+    """
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms and not platforms.replace(",", "").strip():
+        raise InputError(f"JAX_PLATFORMS={platforms!r} names no platform")
+    with reading(f"JAX_PLATFORMS={platforms!r}", "no such device can be used here"):
+        return jax.devices()
+
+
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over the first devices; one axis may be -1 and takes what the others leave.
 
@@ -157,12 +173,12 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if unknown:
         raise InputError(f"mesh axis {sorted(unknown)[0]!r} is unknown; axes are {MESH_AXES}")
     sizes = [int(shape.get(axis, 1)) for axis in MESH_AXES]
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     if sizes.count(-1) == 1:
-        rest = -int(np.prod(sizes))
+        rest = -math.prod(sizes)
         if rest > 0 and len(devices) % rest == 0:
             sizes[sizes.index(-1)] = len(devices) // rest
-    count = int(np.prod(sizes))
+    count = math.prod(sizes)
     wanted = " x ".join(f"{axis}={shape.get(axis, 1)}" for axis in MESH_AXES)
     if min(sizes) < 1 or count > len(devices):
         raise InputError(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import launch
 import manifest
+from configs.train.defaults import sft
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import REMAT
 from proxy_jax.sharding import Placement
@@ -143,4 +144,4 @@ def describe(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    launch.run(main, xla_flags=XLA_FLAGS)
+    launch.run(main, lambda _: sft(), xla_flags=XLA_FLAGS)

@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 import launch
 from configs.architectures import ARCHITECTURES
+from configs.train.defaults import sft
 from proxy_jax import hlo
 from proxy_jax.checkpoints.loading import open_checkpoint, param_shapes
 from proxy_jax.errors import InputError
@@ -185,4 +186,4 @@ def print_report(report: Report, available: int | None) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main)
+    launch.run(main, lambda _: sft())

@@ -27,6 +27,7 @@ from tqdm import tqdm
 import launch
 import manifest
 import processes
+from configs.train.defaults import sft
 from proxy_jax.errors import InputError
 from proxy_jax.rows import local_path
 from train.checkpoint import Checkpoints, Preemption
@@ -193,4 +194,4 @@ def held_out_loss(
 
 
 if __name__ == "__main__":
-    launch.run(main, xla_flags=XLA_FLAGS, catches_sigterm=True)
+    launch.run(main, lambda _: sft(), xla_flags=XLA_FLAGS, catches_sigterm=True)

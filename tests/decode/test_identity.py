@@ -150,6 +150,11 @@ def test_runs_and_adapters(model, tmp_path):
 def test_a_model_beside_its_adapter_is_read_once(model, monkeypatch):
     """Three roles of one file: its fingerprint is taken once."""
     taken = []
-    monkeypatch.setattr(trio, "fingerprint", lambda path: taken.append(path) or str(path))
+
+    def fingerprint(path):
+        taken.append(path)
+        return str(path)
+
+    monkeypatch.setattr(trio, "fingerprint", fingerprint)
     identify({role: ModelSpec(str(model)) for role in ("base", "expert", "antiexpert")})
     assert taken == [model]
