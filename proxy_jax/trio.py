@@ -17,6 +17,7 @@ from proxy_jax.checkpoints.loading import (
     Progress,
     check_tensors,
     load_params,
+    model_config,
     open_checkpoint,
 )
 from proxy_jax.checkpoints.names import tensors
@@ -25,7 +26,6 @@ from proxy_jax.cpu import products
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
-from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import beside_nothing
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.tokenization import Prompt, Template, Vocabulary, align
@@ -238,7 +238,7 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
         members[role] = Member(
             spec=spec,
             checkpoint=checkpoint,
-            config=config_from_hf(checkpoint.hf_config, str(checkpoint.path)),
+            config=model_config(checkpoint),
             tokenizer=twin.tokenizer if twin else checkpoint.tokenizer(),
             template=Template(spec.template),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from proxy_jax.checkpoints.loading import Checkpoint, load_params, open_checkpoint
+from proxy_jax.checkpoints.loading import Checkpoint, load_params, model_config, open_checkpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, init, logical_axes, stack_layers
@@ -70,7 +70,7 @@ def open_start(config: ConfigDict) -> Start:
         )
     if config.base:
         checkpoint = open_checkpoint(os.path.expandvars(config.base))
-        model = config_from_hf(checkpoint.hf_config, str(checkpoint.path))
+        model = model_config(checkpoint)
         tokenizer = _with_template(checkpoint.tokenizer(), config.data.chat_template)
         return Start(model, tokenizer, checkpoint.eos_ids, checkpoint)
     if config.lora.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,10 @@ from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, abstract_params, logical_axes
+from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.quantized import Quantized, quantise, quantized_axes, quantized_shapes
 from proxy_jax.models.turned import INPUTS, Turned
+from proxy_jax.reading import reading
 from proxy_jax.sharding import Axes, Placement, is_axes
 
 Progress = Callable[[int], object]
@@ -31,6 +34,7 @@ _HUB_CONFIG = ("*.json", "*.model", "*.txt", "*.jinja")
 _HUB_WEIGHTS = ("*.safetensors",)
 _ALIGNED = 64  # bytes: what XLA's CPU devices ask of memory that they take over
 _PIECE = 2**22  # numbers that are read at a time
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint(Protocol):
@@ -76,7 +80,8 @@ def open_checkpoint(location: str) -> Checkpoint:
     Raises:
       InputError: nothing there, or nothing that can be read, or a run that trains an adapter only.
     """
-    path = Path(location).expanduser()
+    with reading(location):
+        path = Path(location).expanduser()
     if path.is_file():
         return GGUFCheckpoint(path)
     if run := find_run(path):
@@ -87,6 +92,39 @@ def open_checkpoint(location: str) -> Checkpoint:
         raise InputError(f"{location}: no such file or directory, and not a hub id (owner/name)")
     config = _download(location, _HUB_CONFIG)
     return SafetensorsCheckpoint(config, fetch=lambda: _download(location, _HUB_WEIGHTS))
+
+
+def model_config(checkpoint: Checkpoint) -> ModelConfig:
+    """Reads a checkpoint's architecture: from its config, and the head from weights on disk.
+
+    A config may tie the head to the embedding, by its family's default too, where the file holds
+    another one. That head is the model's, as it is in transformers.
+
+    Raises:
+      InputError: a config that cannot be read, or weights that cannot.
+    """
+    config = config_from_hf(checkpoint.hf_config, str(checkpoint.path))
+    if config.tied_head and checkpoint.at_hand and _has_own_head(checkpoint):
+        return dataclasses.replace(config, tied_head=False)
+    return config
+
+
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether a file holds a head that is not the embedding once more."""
+    names = checkpoint.names
+    if _HEAD not in names or _EMBEDDING not in names:
+        return _HEAD in names
+    shape = checkpoint.shape(_HEAD)
+    if shape != checkpoint.shape(_EMBEDDING):
+        return True
+    step = max(1, _PIECE // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        part = (rows, *[slice(None)] * (len(shape) - 1))
+        head, embedding = (checkpoint.read(name, part) for name in (_HEAD, _EMBEDDING))
+        if not np.array_equal(head, embedding):
+            return True
+    return False
 
 
 def _download(hub_id: str, files: Sequence[str]) -> Path:
@@ -270,8 +308,14 @@ def check_tensors(checkpoint: Checkpoint, table: list[Tensor], *, tied: bool) ->
     """
     expected = {tensor.name: tensor for tensor in table}
     stored = set(checkpoint.names)
-    if tied:
-        stored.discard("lm_head.weight")  # some files store the tied head once more
+    if tied and _HEAD in stored:  # some files store the tied head once more
+        if _has_own_head(checkpoint):
+            raise InputError(
+                f"{checkpoint.path}: tensor {_HEAD} is another than the embedding, though the "
+                "config ties them; open the directory itself, which is read so, or set "
+                "tie_word_embeddings to false"
+            )
+        stored.discard(_HEAD)
     if missing := sorted(set(expected) - stored):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{checkpoint.path}: tensor {missing[0]}{more} is missing")

@@ -13,6 +13,7 @@ from typing import Any
 
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig, Rope
+from proxy_jax.reading import Fields, reading, shown
 
 # model_type -> architecture name that exports carry.
 FAMILIES = {
@@ -56,6 +57,24 @@ _ROPE_KEYS = {
 }
 # Keys of a rope setting that do not change the function we compute.
 _ROPE_NEUTRAL = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+# The longest context that int32 positions count, in use wherever none is named.
+_MOST_POSITIONS = 2**31 - 1
+# Sizes far beyond every published model. More is a damaged file, and is refused before lists of
+# that length are made of it.
+LARGEST = {
+    "num_hidden_layers": 1_000,
+    "hidden_size": 10**6,
+    "intermediate_size": 10**6,
+    "num_attention_heads": 10**6,
+    "num_key_value_heads": 10**6,
+    "head_dim": 10**6,
+    "vocab_size": 10**7,
+    "max_position_embeddings": _MOST_POSITIONS,
+}
+# Settings under which the layers would compute something else than the Decoder does.
+_UNSUPPORTED = ("use_bidirectional_attention", "per_layer_config")
+# Keys that transformers makes lists of, or acts upon, and that say nothing of a decoder.
+_NOT_OF_DECODERS = ("model_type", "num_labels", "id2label", "label2id", "quantization_config")
 
 
 def config_from_hf(hf: dict[str, Any], source: str = "config.json") -> ModelConfig:
@@ -72,55 +91,62 @@ def config_from_hf(hf: dict[str, Any], source: str = "config.json") -> ModelConf
     if model_type == "gemma3":  # a vision-language checkpoint: its text model
         hf = {**_text_config(hf, source), "model_type": "gemma3_text"}
         model_type = "gemma3_text"
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
-            f"{source}: model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
+            f"{source}: model_type {shown(model_type)} is not supported; "
+            f"known: {', '.join(FAMILIES)}"
         )
-    full = _with_defaults(hf, model_type, source)
+    for key in LARGEST:
+        _size(Fields(source, hf), key, default=None)
+    for key in _UNSUPPORTED:
+        if hf.get(key):
+            raise InputError(f"{source}: {key} is not supported")
+    full = Fields(source, _with_defaults(hf, model_type, source))
     gemma = model_type in _GEMMA
 
-    activation = full["hidden_activation"] if gemma else full["hidden_act"]
-    if activation not in _ACTIVATIONS:
+    activation = full.choice("hidden_activation" if gemma else "hidden_act", tuple(_ACTIVATIONS))
+    model_dim = _size(full, "hidden_size")
+    num_heads = _size(full, "num_attention_heads")
+    num_kv_heads = _size(full, "num_key_value_heads", default=num_heads)
+    head_dim = _size(full, "head_dim", default=model_dim // num_heads)
+    if num_heads % num_kv_heads:
         raise InputError(
-            f"{source}: activation {activation!r} is not supported; "
-            f"known: {', '.join(_ACTIVATIONS)}"
+            f"{source}: num_key_value_heads {num_kv_heads} does not divide "
+            f"num_attention_heads {num_heads}"
         )
-    if full.get("use_bidirectional_attention"):
-        raise InputError(f"{source}: use_bidirectional_attention is not supported in a decoder")
-
-    num_heads = full["num_attention_heads"]
-    head_dim = full.get("head_dim") or full["hidden_size"] // num_heads
-    bias = bool(full.get("attention_bias", False))
-    ropes, layer_ropes = _ropes(full, model_type, source)
+    if head_dim < 2 or head_dim % 2:
+        raise InputError(f"{source}: head_dim must be even, not {head_dim}")
+    bias = full.flag("attention_bias", default=False)
+    ropes, layer_ropes = _ropes(full, model_type, head_dim)
     return ModelConfig(
         family=model_type,
-        vocab_size=full["vocab_size"],
-        num_layers=full["num_hidden_layers"],
-        model_dim=full["hidden_size"],
-        mlp_dim=full["intermediate_size"],
+        vocab_size=_size(full, "vocab_size"),
+        num_layers=_size(full, "num_hidden_layers"),
+        model_dim=model_dim,
+        mlp_dim=_size(full, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=full.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=full["max_position_embeddings"],
-        norm_eps=full["rms_norm_eps"],
+        max_positions=_max_positions(full, model_type, ropes[0]),
+        norm_eps=full.real("rms_norm_eps", above=0),
         ropes=ropes,
         layer_ropes=layer_ropes,
-        layer_windows=_windows(full, model_type, source),
-        query_scale=(full["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
+        layer_windows=_windows(full, model_type),
+        query_scale=(full.real("query_pre_attn_scalar", above=0) if gemma else head_dim) ** -0.5,
         norms="sandwich" if gemma else "post" if model_type == "olmo2" else "pre",
         norm_unit_offset=gemma,
         qk_norm={"qwen3": "head", "gemma3_text": "head", "olmo2": "projection"}.get(
             model_type, "none"
         ),  # type: ignore[arg-type]
         activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
-        tied_head=bool(full["tie_word_embeddings"]),
+        tied_head=full.flag("tie_word_embeddings", default=False),
         qkv_bias=bias or model_type == "qwen2",
         out_bias=bias,
-        mlp_bias=bool(full.get("mlp_bias", False)),
-        embedding_scale=math.sqrt(full["hidden_size"]) if gemma else None,
+        mlp_bias=full.flag("mlp_bias", default=False),
+        embedding_scale=math.sqrt(model_dim) if gemma else None,
         # Gemma 3 has the first key as well, and transformers does not look at it.
-        attention_softcap=full["attn_logit_softcapping"] if model_type == "gemma2" else None,
-        final_softcap=full["final_logit_softcapping"] if gemma else None,
+        attention_softcap=_softcap(full, "attn_logit_softcapping", model_type == "gemma2"),
+        final_softcap=_softcap(full, "final_logit_softcapping", gemma),
     )
 
 
@@ -142,7 +168,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
+        "max_position_embeddings": _unstretched(config),
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
         "attention_bias": config.out_bias,
@@ -180,24 +206,29 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return hf
 
 
+def _size(fields: Fields, key: str, **default: int | None) -> Any:
+    return fields.integer(key, 1, LARGEST[key], **default)
+
+
+def _softcap(full: Fields, key: str, used: bool) -> float | None:
+    return full.real(key, above=0, default=None) if used else None
+
+
 def _with_defaults(hf: dict[str, Any], model_type: str, source: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
-    # A copy, because transformers writes defaults into the nested dicts that it is given.
-    fields = {k: copy.deepcopy(v) for k, v in hf.items() if k != "model_type"}
-    scaling = fields.get("rope_scaling") or {}
-    if "type" in scaling:  # the first spelling, which transformers 5 misses in Gemma 3
-        scaling.setdefault("rope_type", scaling["type"])
-    factors = scaling.get("rope_type") == "factors"  # unknown to transformers: ours
-    if factors:
-        del fields["rope_scaling"]
-    try:
+    with reading(source, f"not a config of a {model_type} model"):
+        # A copy, because transformers writes defaults into the nested dicts that it is given.
+        fields = {k: copy.deepcopy(v) for k, v in hf.items() if k not in _NOT_OF_DECODERS}
+        scaling: Any = (Fields(source, fields).inner("rope_scaling") or Fields(source, {})).fields
+        if "type" in scaling:  # the first spelling, which transformers 5 misses in Gemma 3
+            scaling.setdefault("rope_type", scaling["type"])
+        factors = scaling.get("rope_type") == "factors"  # unknown to transformers: ours
+        if factors:
+            del fields["rope_scaling"]
         full = AutoConfig.for_model(model_type, **fields).to_dict()
-    except Exception as error:  # transformers raises many kinds for a config it cannot read
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{source}: not a config of a {model_type} model ({reason})") from error
-    if factors:
-        full["rope_parameters"] = {**full["rope_parameters"], **scaling}
+        if factors:
+            full["rope_parameters"] = {**full["rope_parameters"], **scaling}
     return full
 
 
@@ -208,101 +239,168 @@ def _text_config(hf: dict[str, Any], source: str) -> dict[str, Any]:
     return text
 
 
-def _windows(full: dict[str, Any], model_type: str, source: str) -> tuple[int | None, ...]:
+def _windows(full: Fields, model_type: str) -> tuple[int | None, ...]:
+    layers = _size(full, "num_hidden_layers")
     if model_type == "mistral":
-        return (full["sliding_window"],) * full["num_hidden_layers"]
+        return (_window(full),) * layers
     if model_type not in _LAYER_TYPES:
-        return (None,) * full["num_hidden_layers"]
-    window, kinds = full["sliding_window"], full["layer_types"]
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise InputError(f"{source}: layer type {sorted(unknown)[0]!r} is not supported")
-    if len(kinds) != full["num_hidden_layers"]:
+        return (None,) * layers
+    kinds = _layer_types(full)
+    if "sliding_attention" not in kinds:
+        return (None,) * layers
+    window = _window(full)
+    if window is None:
         raise InputError(
-            f"{source}: layer_types has {len(kinds)} entries for {full['num_hidden_layers']} layers"
+            f"{full.where}: sliding_window is missing, but layer_types has sliding layers"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _window(full: Fields) -> int | None:
+    return full.integer("sliding_window", 1, _MOST_POSITIONS, default=None)
+
+
+def _layer_types(full: Fields) -> tuple[str, ...]:
+    kinds, layers = full.array("layer_types", str), _size(full, "num_hidden_layers")
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise InputError(f"{full.where}: layer type {shown(min(unknown))} is not supported")
+    if len(kinds) != layers:
+        raise InputError(f"{full.where}: layer_types has {len(kinds)} entries for {layers} layers")
+    return kinds
+
+
 def _ropes(
-    full: dict[str, Any], model_type: str, source: str
+    full: Fields, model_type: str, head_dim: int
 ) -> tuple[tuple[Rope | None, ...], tuple[int, ...]]:
     """The kinds of rope and, per layer, which it uses."""
-    parameters = full["rope_parameters"]
-    layers = full["num_hidden_layers"]
+    parameters = _inner(full, "rope_parameters")
+    layers = _size(full, "num_hidden_layers")
     if model_type == "gemma3_text":
         both = (
-            _rope(parameters["full_attention"], full, source),
-            _rope(parameters["sliding_attention"], full, source),
+            _rope(_inner(parameters, "full_attention"), full, head_dim),
+            _rope(_inner(parameters, "sliding_attention"), full, head_dim),
         )
-        return both, tuple(int(kind == "sliding_attention") for kind in full["layer_types"])
-    rope = _rope(parameters, full, source)
+        return both, tuple(int(kind == "sliding_attention") for kind in _layer_types(full))
+    rope = _rope(parameters, full, head_dim)
     if model_type == "smollm3":
-        used = full["no_rope_layers"][:layers]  # transformers allows more entries than layers
+        # transformers allows more entries than layers
+        used = full.array("no_rope_layers", int)[:layers]
         if len(used) < layers:
             raise InputError(
-                f"{source}: no_rope_layers has {len(used)} entries for {layers} layers"
+                f"{full.where}: no_rope_layers has {len(used)} entries for {layers} layers"
             )
+        if set(used) - {0, 1}:
+            raise InputError(f"{full.where}: no_rope_layers must hold 0 and 1 only")
         return (rope, None), tuple(int(not uses) for uses in used)
     return (rope,), (0,) * layers
 
 
-def _rope(parameters: dict[str, Any], full: dict[str, Any], source: str) -> Rope:
-    kind = parameters["rope_type"]
-    if kind not in _ROPE_KEYS:
+def _inner(fields: Fields, key: str) -> Fields:
+    inner = fields.inner(key)
+    if inner is None:
+        raise InputError(f"{fields.where}: {key} is missing")
+    return inner
+
+
+def _rope(parameters: Fields, full: Fields, head_dim: int) -> Rope:
+    source = full.where
+    kind = parameters.fields.get("rope_type")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
         raise InputError(
-            f"{source}: rope type {kind!r} is not supported; known: {', '.join(_ROPE_KEYS)}"
+            f"{source}: rope type {shown(kind)} is not supported; known: {', '.join(_ROPE_KEYS)}"
         )
-    unknown = set(parameters) - _ROPE_KEYS[kind] - _ROPE_NEUTRAL
+    unknown = set(parameters.fields) - _ROPE_KEYS[kind] - _ROPE_NEUTRAL
     if unknown and kind != "default":
-        raise InputError(f"{source}: rope setting {sorted(unknown)[0]!r} of {kind} is unknown")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError(f"{source}: rope setting {shown(min(unknown))} of {kind} is unknown")
+    if parameters.real("partial_rotary_factor", default=1.0) != 1.0:
         raise InputError(f"{source}: partial_rotary_factor other than 1 is not supported")
 
-    def value(key: str, default: float) -> Any:
-        found = parameters.get(key)
-        return default if found is None else found
-
-    theta = float(parameters["rope_theta"])
-    original = int(value("original_max_position_embeddings", full["max_position_embeddings"]))
+    theta = float(parameters.real("rope_theta", above=0))
     if kind == "default":
         return Rope(theta=theta)
     if kind == "factors":
-        return Rope(theta=theta, kind="factors", factors=tuple(parameters["factors"]))
-    factor = parameters.get("factor")
-    if factor is None:  # yarn may leave it to the ratio of the two contexts
-        factor = full["max_position_embeddings"] / original
+        return Rope(theta=theta, kind="factors", factors=_factors(parameters, head_dim))
+    positions = _size(full, "max_position_embeddings")
+    original = parameters.integer(
+        "original_max_position_embeddings", 1, _MOST_POSITIONS, default=positions
+    )
+    # yarn may leave it to the ratio of the two contexts
+    ratio = {"default": positions / original} if kind == "yarn" else {}
+    factor = float(parameters.real("factor", above=0, **ratio))
     if kind == "linear":
-        return Rope(theta=theta, kind="linear", factor=float(factor))
+        return Rope(theta=theta, kind="linear", factor=factor)
     if kind == "llama3":
+        low = float(parameters.real("low_freq_factor", above=0))
         return Rope(
             theta=theta,
             kind="llama3",
-            factor=float(factor),
+            factor=factor,
             original_max_positions=original,
-            low_freq_factor=float(parameters["low_freq_factor"]),
-            high_freq_factor=float(parameters["high_freq_factor"]),
+            low_freq_factor=low,
+            high_freq_factor=float(parameters.real("high_freq_factor", above=low)),
         )
+    if theta == 1:
+        raise InputError(f"{parameters.where}: rope_theta 1 leaves yarn no wavelengths")
     return Rope(
         theta=theta,
         kind="yarn",
-        factor=float(factor),
+        factor=factor,
         original_max_positions=original,
-        beta_fast=float(value("beta_fast", 32)),
-        beta_slow=float(value("beta_slow", 1)),
-        truncate=bool(value("truncate", True)),
-        attention_factor=_yarn_attention_factor(parameters, float(factor)),
+        beta_fast=float(parameters.real("beta_fast", above=0, default=32)),
+        beta_slow=float(parameters.real("beta_slow", above=0, default=1)),
+        truncate=parameters.flag("truncate", default=True),
+        attention_factor=_yarn_attention_factor(parameters, factor),
     )
 
 
-def _yarn_attention_factor(parameters: dict[str, Any], factor: float) -> float:
-    if parameters.get("attention_factor") is not None:
-        return float(parameters["attention_factor"])
+def _factors(parameters: Fields, head_dim: int) -> tuple[float, ...]:
+    factors = parameters.array("factors", float)
+    if len(factors) != head_dim // 2:
+        raise InputError(
+            f"{parameters.where}: factors has {len(factors)} entries, expected {head_dim // 2}: "
+            "half the head size"
+        )
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise InputError(f"{parameters.where}: factors must be above 0")
+    return factors
+
+
+def _max_positions(full: Fields, model_type: str, rope: Rope | None) -> int:
+    """The context that the model supports, with what its rope stretches it to.
+
+    A linear or yarn setting is added to a config whose max_position_embeddings stays that of the
+    pretraining, as the families' documentation asks for; vLLM reads it so, too. Where yarn's is
+    the stretched one already, the larger counts. Gemma 3's linear one always is.
+    """
+    positions = _size(full, "max_position_embeddings")
+    if rope is not None and rope.kind == "yarn":
+        positions = max(positions, int(rope.original_max_positions * rope.factor))
+    elif rope is not None and rope.kind == "linear" and model_type != "gemma3_text":
+        positions = max(positions, int(positions * rope.factor))
+    return min(positions, _MOST_POSITIONS)
+
+
+def _unstretched(config: ModelConfig) -> int:
+    """max_position_embeddings from which `_max_positions` makes the config's."""
+    rope, positions = config.ropes[0], config.max_positions
+    if rope is None or rope.kind != "linear" or config.family == "gemma3_text" or rope.factor <= 1:
+        return positions  # a yarn setting names the original context itself
+    original = int(positions / rope.factor)
+    return original if int(original * rope.factor) == positions else original + 1
+
+
+def _yarn_attention_factor(parameters: Fields, factor: float) -> float:
+    given = parameters.real("attention_factor", above=0, default=None)
+    if given is not None:
+        return float(given)
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, all_dim = parameters.get("mscale"), parameters.get("mscale_all_dim")
+    mscale, all_dim = (
+        parameters.real(key, low=0, default=None) for key in ("mscale", "mscale_all_dim")
+    )
     return scale(mscale) / scale(all_dim) if mscale and all_dim else scale(1.0)
 
 

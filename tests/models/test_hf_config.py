@@ -9,7 +9,13 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import Rope
 from proxy_jax.models.hf_config import config_from_hf, config_to_hf
 
-LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4}
+LLAMA = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
 
 
 def older_spelling(hf: dict) -> dict:
