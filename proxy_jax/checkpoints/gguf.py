@@ -7,17 +7,19 @@ checkpoint (and what is undone here) is defined in llama.cpp's
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
+from gguf import GGML_QUANT_SIZES, TokenType
 from gguf.quants import dequantize
 
 from proxy_jax.checkpoints.gguf_header import StoredTensor, read_header
 from proxy_jax.errors import InputError
+from proxy_jax.models.hf_config import LARGEST
+from proxy_jax.reading import reading, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -55,6 +57,17 @@ _YARN_KEYS = {
     "yarn_beta_fast": "beta_fast",
     "yarn_beta_slow": "beta_slow",
 }
+# What ends a text for llama.cpp (src/llama-vocab.cpp): ids that keys name, and tokens that read so.
+_END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
+_END_TEXTS = frozenset(
+    "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn>"
+    " <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance>"
+    " <eos> <turn|> <|tool_response> <|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|>"
+    " <|repo_name|> <fim-repo> <REPO> <reponame> <|file_sep|> <fim-sep> <fim_sep>".split()
+)
+# In vocabularies with tokens of both kinds, <|end|> ends a message, and the text goes on.
+_END_OF_MESSAGE = "<|end|>"
+_AFTER_MESSAGES = ({"<|return|>", "<|flush|>"}, {"<|call|>", "<|calls|>"})
 _QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 
 
@@ -98,18 +111,11 @@ class GGUFCheckpoint:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
+        with reading(path, "not a readable GGUF file"):
             self._data = np.memmap(path, dtype=np.uint8, mode="r")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a readable GGUF file ({error})") from error
         self._metadata, infos = read_header(path, self._data)
-        arch = self._metadata["general.architecture"]
-        if arch not in _ARCHITECTURES:
-            raise InputError(
-                f"{path}: architecture {arch!r} is not supported,"
-                f" expected one of {', '.join(sorted(_ARCHITECTURES))}"
-            )
-        if self._metadata.get("split.count", 1) > 1:
+        arch = self._metadata.choice("general.architecture", sorted(_ARCHITECTURES))
+        if self._metadata.integer("split.count", default=1) > 1:
             raise InputError(f"{path}: is one part of a split model, expected a single merged file")
         self._arch_key = arch
         self._arch = _ARCHITECTURES[arch]
@@ -159,15 +165,36 @@ class GGUFCheckpoint:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a text or a turn, as the metadata name them."""
-        keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-        return tuple(sorted({self._metadata[key] for key in keys if key in self._metadata}))
+        """Ids that end a text or a turn: those the metadata name, and control tokens known to."""
+        tokens = self._metadata.array("tokenizer.ggml.tokens", str, default=())
+        types = self._metadata.array("tokenizer.ggml.token_type", int, default=())
+        texts = {
+            token: index
+            for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+            if kind == TokenType.CONTROL and token in _END_TEXTS
+        }
+        if all(kinds & texts.keys() for kinds in _AFTER_MESSAGES):
+            texts.pop(_END_OF_MESSAGE, None)
+        return tuple(sorted({*texts.values(), *self._named_ids(_END_KEYS).values()}))
+
+    def _named_ids(self, roles: Iterable[str]) -> dict[str, int]:
+        """Ids of special tokens, by the role that a metadata key gives them."""
+        tokens = self._metadata.array("tokenizer.ggml.tokens", str, default=())
+        count = len(tokens) or self.shape("model.embed_tokens.weight")[0]
+        ids = {
+            role: self._metadata.integer(
+                f"tokenizer.ggml.{role}_token_id", 0, count - 1, default=None
+            )
+            for role in roles
+        }
+        return {role: token_id for role, token_id in ids.items() if token_id is not None}
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The tokenizer that the metadata describe; see ``gguf_tokenizer``."""
         from proxy_jax.checkpoints.gguf_tokenizer import make_tokenizer  # imports transformers
 
-        return make_tokenizer(self._metadata)
+        with reading(self.path, "no readable tokenizer"):
+            return make_tokenizer(self._metadata)
 
     def _hf_name(self, gguf_name: str) -> str:
         if gguf_name in _TOP_NAMES:
@@ -214,11 +241,11 @@ class GGUFCheckpoint:
                     f"{self.path}: metadata key {prefix}.{key} differs between layers,"
                     " expected a single number"
                 )
-        layers = meta[f"{prefix}.block_count"]
-        hidden = meta[f"{prefix}.embedding_length"]
-        heads = meta[f"{prefix}.attention.head_count"]
-        head_dim = meta.get(f"{prefix}.attention.key_length", hidden // heads)
-        if meta.get(f"{prefix}.rope.dimension_count", head_dim) != head_dim:
+        layers = meta.integer(f"{prefix}.block_count", 1, LARGEST["num_hidden_layers"])
+        hidden = meta.integer(f"{prefix}.embedding_length", 1)
+        heads = meta.integer(f"{prefix}.attention.head_count", 1)
+        head_dim = meta.integer(f"{prefix}.attention.key_length", 1, default=hidden // heads)
+        if meta.integer(f"{prefix}.rope.dimension_count", default=head_dim) != head_dim:
             raise InputError(
                 f"{self.path}: metadata key {prefix}.rope.dimension_count is not the head size"
                 f" {head_dim}; partial rotary embeddings are not supported"
@@ -228,24 +255,25 @@ class GGUFCheckpoint:
             "architectures": [arch.hf_class],
             "vocab_size": self.shape("model.embed_tokens.weight")[0],
             "hidden_size": hidden,
-            "intermediate_size": meta[f"{prefix}.feed_forward_length"],
+            "intermediate_size": meta.integer(f"{prefix}.feed_forward_length", 1),
             "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": meta.get(f"{prefix}.attention.head_count_kv", heads),
+            "num_key_value_heads": meta.integer(
+                f"{prefix}.attention.head_count_kv", 1, default=heads
+            ),
             "head_dim": head_dim,
             "hidden_act": arch.hidden_act,
-            "rms_norm_eps": meta[f"{prefix}.attention.layer_norm_rms_epsilon"],
-            "max_position_embeddings": meta[f"{prefix}.context_length"],
-            "rope_theta": meta.get(f"{prefix}.rope.freq_base", 10000.0),
-            "rope_scaling": self._rope_scaling(),
+            "rms_norm_eps": meta.real(f"{prefix}.attention.layer_norm_rms_epsilon", above=0),
+            "max_position_embeddings": meta.integer(f"{prefix}.context_length", 1),
+            "rope_theta": meta.real(f"{prefix}.rope.freq_base", above=0, default=10000.0),
+            "rope_scaling": self._rope_scaling(head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             # As in config.json: biases on all four projections (Qwen2's three need no key).
             "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._tensors,
             "mlp_bias": "model.layers.0.mlp.up_proj.bias" in self._tensors,
         }
-        for role in ("bos_token_id", "eos_token_id"):
-            if (token_id := meta.get(f"tokenizer.ggml.{role}")) is not None:
-                config[role] = token_id
+        for role, token_id in self._named_ids(("bos", "eos")).items():
+            config[f"{role}_token_id"] = token_id
         if prefix == "smollm3":
             config["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(layers)]
         if prefix in ("gemma2", "gemma3"):
@@ -261,52 +289,67 @@ class GGUFCheckpoint:
         meta, prefix = self._metadata, self._arch_key
         gemma2 = prefix == "gemma2"
         # Gemma 3 without a window has full attention everywhere; Gemma 2 always has one.
-        window = meta.get(f"{prefix}.attention.sliding_window", 4096 if gemma2 else None)
-        pattern = meta.get(f"{prefix}.attention.sliding_window_pattern", 2 if gemma2 else 6)
-        if isinstance(pattern, int):
-            pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
-        sliding = [bool(window) and bool(flag) for flag in pattern]
+        window = meta.integer(
+            f"{prefix}.attention.sliding_window", 0, default=4096 if gemma2 else None
+        )
+        sliding = [bool(window) and slides for slides in self._sliding(layers, 2 if gemma2 else 6)]
         # The largest model of either family (and no other) scales by hidden size per head.
         largest = layers == (46 if gemma2 else 62)
         config = {
             "hidden_activation": self._arch.hidden_act,
-            "sliding_window": window,
+            "sliding_window": window or None,
             "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
             "query_pre_attn_scalar": hidden // heads if largest else head_dim,
-            "attn_logit_softcapping": meta.get(
-                f"{prefix}.attn_logit_softcapping", 50.0 if gemma2 else None
+            "attn_logit_softcapping": meta.real(
+                f"{prefix}.attn_logit_softcapping", above=0, default=50.0 if gemma2 else None
             ),
-            "final_logit_softcapping": meta.get(
-                f"{prefix}.final_logit_softcapping", 30.0 if gemma2 else None
+            "final_logit_softcapping": meta.real(
+                f"{prefix}.final_logit_softcapping", above=0, default=30.0 if gemma2 else None
             ),
         }
         if not gemma2:
-            config["rope_local_base_freq"] = meta.get(f"{prefix}.rope.freq_base_swa", 10000.0)
+            config["rope_local_base_freq"] = meta.real(
+                f"{prefix}.rope.freq_base_swa", above=0, default=10000.0
+            )
         return config
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
+    def _sliding(self, layers: int, default: int) -> list[bool]:
+        """Whether each layer has a window: all but every so many, or as a list says."""
+        key = f"{self._arch_key}.attention.sliding_window_pattern"
+        pattern = self._metadata.get(key)
+        if not isinstance(pattern, list):
+            period = self._metadata.integer(key, 1, default=default)
+            return [(layer + 1) % period != 0 for layer in range(layers)]
+        if len(pattern) != layers or not all(slides in (0, 1) for slides in pattern):
+            raise InputError(
+                f"{self.path}: metadata key {key} is {shown(pattern)}, expected 0 or 1 for each of"
+                f" {layers} layers"
+            )
+        return [bool(slides) for slides in pattern]
+
+    def _rope_scaling(self, head_dim: int) -> dict[str, Any] | None:
         meta, prefix = self._metadata, f"{self._arch_key}.rope.scaling"
         if self._rope_factors is not None:
             # Llama 3 scaling, already worked out by the converter: one divisor per frequency.
+            if self._rope_factors.shape != (head_dim // 2,):
+                raise InputError(
+                    f"{self.path}: tensor {_ROPE_FACTORS!r} has shape {self._rope_factors.shape},"
+                    f" expected ({head_dim // 2},): half the head size"
+                )
             factors = self._dequantise(self._rope_factors, slice(None))[0]
             return {"rope_type": "factors", "factors": [float(factor) for factor in factors]}
-        factor = meta.get(f"{prefix}.factor")
-        kind = meta.get(f"{prefix}.type", "linear" if factor else "none")
+        factor = meta.real(f"{prefix}.factor", 0, default=None)
+        kind = meta.choice(
+            f"{prefix}.type", ("none", "linear", "yarn"), default="linear" if factor else "none"
+        )
         if kind == "none":
             return None
+        scaling = {"rope_type": kind, "factor": meta.real(f"{prefix}.factor", above=0)}
         if kind == "linear":
-            return {"rope_type": "linear", "factor": meta[f"{prefix}.factor"]}
-        if kind != "yarn":
-            raise InputError(
-                f"{self.path}: metadata key {prefix}.type is {kind!r},"
-                " expected none, linear or yarn"
-            )
-        scaling = {
-            "rope_type": "yarn",
-            "factor": meta[f"{prefix}.factor"],
-            "original_max_position_embeddings": meta[f"{prefix}.original_context_length"],
-        }
+            return scaling
+        original = meta.integer(f"{prefix}.original_context_length", 1)
+        scaling["original_max_position_embeddings"] = original
         for gguf_key, hf_key in _YARN_KEYS.items():
-            if (value := meta.get(f"{prefix}.{gguf_key}")) is not None:
+            if (value := meta.real(f"{prefix}.{gguf_key}", default=None)) is not None:
                 scaling[hf_key] = value
         return scaling

@@ -4,6 +4,8 @@ Parsed here and not by ``gguf.GGUFReader``: that builds one array object per str
 and 700 MB for a vocabulary of 150,000 tokens. Type sizes are the ``gguf`` package's.
 """
 
+import itertools
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,23 +15,24 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from proxy_jax.errors import InputError
+from proxy_jax.reading import CheckedFields, reading
 
 _SUPPORTED = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+_MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 # struct codes of GGUFValueType 0-7 and 10-12; the two between are strings and arrays.
 _SCALAR_CODES = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
 
-class Metadata(dict[str, Any]):
-    """Metadata of one GGUF file; ``metadata[key]`` raises InputError when the key is missing."""
+class Metadata(dict[str, Any], CheckedFields):
+    """Metadata of one GGUF file, by key; the getters check types and ranges."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-
-    def __missing__(self, key: str) -> Any:
-        raise InputError(f"{self.path}: metadata key {key!r} is missing")
+        self.where = str(path)
+        self.fields = self
 
 
 @dataclass(frozen=True)
@@ -63,26 +66,33 @@ def read_header(path: Path, data: np.ndarray) -> tuple[Metadata, list[StoredTens
         )
     cursor = _Cursor(data, 24)
     metadata = Metadata(path)
-    raw_infos = []
-    try:
+    raw_infos = {}
+    with reading(path, "the header is damaged or truncated"):
         for _ in range(key_count):
             key = cursor.text()
+            if key in metadata:
+                raise InputError(f"{path}: metadata key {key!r} stands there twice")
             metadata[key] = cursor.value()
         for _ in range(tensor_count):
             name = cursor.text()
-            # ggml lists the fastest dimension first, Hugging Face last.
-            dims = tuple(cursor.number("Q") for _ in range(cursor.number("I")))[::-1]
-            raw_infos.append((name, dims, cursor.number("I"), cursor.number("Q")))
-    except (struct.error, ValueError, KeyError, OverflowError) as error:
-        raise InputError(
-            f"{path}: the header is damaged or truncated near byte {cursor.at} ({error})"
-        ) from error
-    alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+            if name in raw_infos:
+                raise InputError(f"{path}: tensor {name!r} stands there twice")
+            raw_infos[name] = cursor.dimensions(), cursor.number("I"), cursor.number("Q")
+    alignment = metadata.integer("general.alignment", 1, default=_DEFAULT_ALIGNMENT)
+    if alignment & (alignment - 1):
+        raise InputError(f"{path}: general.alignment must be a power of 2, not {alignment}")
     data_start = -(-cursor.at // alignment) * alignment
-    return metadata, [
+    tensors = [
         _checked(path, data.size, name, dims, kind, data_start + offset)
-        for name, dims, kind, offset in raw_infos
+        for name, (dims, kind, offset) in raw_infos.items()
     ]
+    in_order = sorted(tensors, key=lambda tensor: tensor.start)
+    for before, tensor in itertools.pairwise(in_order):
+        if tensor.start < before.start + before.nbytes:
+            raise InputError(
+                f"{path}: tensors {before.gguf_name!r} and {tensor.gguf_name!r} overlap"
+            )
+    return metadata, tensors
 
 
 def _checked(
@@ -94,13 +104,17 @@ def _checked(
             f"{path}: tensor {name!r} has type {kind.name if kind else kind_number},"
             f" expected one of {', '.join(_SUPPORTED)}"
         )
+    if not 1 <= len(shape) <= _MOST_DIMENSIONS or 0 in shape:
+        raise InputError(
+            f"{path}: tensor {name!r} has shape {shape}, expected 1 to 4 sizes above 0"
+        )
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise InputError(
             f"{path}: tensor {name!r} has rows of {shape[-1]} values,"
             f" expected a multiple of {block} for type {kind.name}"
         )
-    nbytes = int(np.prod(shape, dtype=object)) // block * block_bytes
+    nbytes = math.prod(shape) // block * block_bytes
     if start + nbytes > file_size:
         raise InputError(
             f"{path}: truncated file: tensor {name!r} ends at byte {start + nbytes},"
@@ -125,9 +139,16 @@ class _Cursor:
         size = self.number("Q")
         raw = self.data[self.at : self.at + size]
         if len(raw) < size:
-            raise ValueError("string beyond the end of the file")
+            raise ValueError(f"a string of {size} bytes at byte {self.at}")
         self.at += size
         return str(raw, "utf-8")
+
+    def dimensions(self) -> tuple[int, ...]:
+        count = self.number("I")
+        if count > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {count} dimensions at byte {self.at}")
+        # ggml lists the fastest dimension first, Hugging Face last.
+        return tuple(self.number("Q") for _ in range(count))[::-1]
 
     def value(self) -> Any:
         kind = GGUFValueType(self.number("I"))
@@ -144,9 +165,14 @@ class _Cursor:
     def _array(self) -> list[Any]:
         kind = GGUFValueType(self.number("I"))
         count = self.number("Q")
-        if kind == GGUFValueType.STRING:
+        if kind == GGUFValueType.ARRAY:
+            raise ValueError(f"an array of arrays at byte {self.at}")
+        strings = kind == GGUFValueType.STRING  # a string begins with its length, a uint64
+        dtype = np.dtype("<Q" if strings else "<" + _SCALAR_CODES[kind])
+        if count * dtype.itemsize > len(self.data) - self.at:
+            raise ValueError(f"an array of {count} values at byte {self.at}")
+        if strings:
             return [self.text() for _ in range(count)]
-        dtype = np.dtype("<" + _SCALAR_CODES[kind])
         values = np.frombuffer(self.data, dtype, count, self.at)
         self.at += values.nbytes
         return values.tolist()

@@ -5,7 +5,10 @@ the models that each ``tokenizer.ggml.pre`` value stands for, grouped as llama.c
 Unicode normalisation is not part of a GGUF file, so none is done.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
@@ -85,21 +88,19 @@ def make_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
       InputError: a tokenizer model or pre-tokenizer that is not supported, a missing key, or lists
         that do not fit together.
     """
-    model = metadata["tokenizer.ggml.model"]
-    count = len(metadata["tokenizer.ggml.tokens"])
-    types = _per_token(metadata, "tokenizer.ggml.token_type", count, [TokenType.NORMAL] * count)
+    model = metadata.choice("tokenizer.ggml.model", ("gpt2", "llama"))
+    words = metadata.array("tokenizer.ggml.tokens", str)
+    types = _per_token(metadata, "tokenizer.ggml.token_type", int, len(words))
+    types = types or (TokenType.NORMAL,) * len(words)
     used = [index for index, kind in enumerate(types) if kind != TokenType.UNUSED]
-    types = types[: used[-1] + 1] if used else []
-    tokens = _tokens(metadata, types, visible_spaces=model == "llama")
+    if not used:
+        raise InputError(f"{metadata.path}: metadata key tokenizer.ggml.tokens holds no token")
+    types = types[: used[-1] + 1]
+    tokens = _tokens(metadata.path, words, types, visible_spaces=model == "llama")
     if model == "gpt2":
         backend, add_bos = _byte_level(metadata, tokens)
-    elif model == "llama":
-        backend, add_bos = _sentencepiece(metadata, tokens, types), True
     else:
-        raise InputError(
-            f"{metadata.path}: metadata key tokenizer.ggml.model is {model!r},"
-            " expected 'gpt2' or 'llama'"
-        )
+        backend, add_bos = _sentencepiece(metadata, tokens, types, len(words)), True
     # Matched in the text as it is, before anything else looks at it.
     for kinds, special in (
         ((TokenType.CONTROL, TokenType.UNKNOWN), True),
@@ -114,8 +115,8 @@ def make_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
         )
     special_tokens = _special_tokens(metadata, tokens, assume=model == "llama")
     flags = {
-        "add_bos_token": metadata.get("tokenizer.ggml.add_bos_token", add_bos),
-        "add_eos_token": metadata.get("tokenizer.ggml.add_eos_token", False),
+        "add_bos_token": metadata.flag("tokenizer.ggml.add_bos_token", default=add_bos),
+        "add_eos_token": metadata.flag("tokenizer.ggml.add_eos_token", default=False),
     }
     for role in ("bos", "eos"):
         if flags[f"add_{role}_token"] and f"{role}_token" not in special_tokens:
@@ -126,34 +127,33 @@ def make_tokenizer(metadata: Metadata) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=metadata.string("tokenizer.chat_template", default=None),
         **flags,
         **special_tokens,
     )
 
 
-def _per_token(
-    metadata: Metadata, key: str, count: int, default: list[Any] | None = None
-) -> list[Any]:
-    values = metadata[key] if default is None else metadata.get(key, default)
-    if len(values) != count:
+def _per_token(metadata: Metadata, key: str, kind: type, count: int) -> tuple[Any, ...]:
+    """A list with an entry for each token; empty where there is none."""
+    values = metadata.array(key, kind, default=())
+    if values and len(values) != count:
         raise InputError(
             f"{metadata.path}: metadata key {key} has {len(values)} entries, expected {count}"
         )
     return values
 
 
-def _tokens(metadata: Metadata, types: list[int], visible_spaces: bool) -> list[str]:
+def _tokens(
+    path: Path, words: Sequence[str], types: Sequence[int], visible_spaces: bool
+) -> list[str]:
     tokens: dict[str, None] = {}
-    for index, token in enumerate(metadata["tokenizer.ggml.tokens"][: len(types)]):
-        if visible_spaces and types[index] == TokenType.USER_DEFINED:
+    for index, (token, kind) in enumerate(zip(words, types, strict=False)):
+        if visible_spaces and kind == TokenType.USER_DEFINED:
             # Matched in the text as it is, so spelled like it; older converters left it visible.
             token = token.replace(_SPACE, " ")
         token = token or f"[EMPTY_{index}]"
         if token in tokens:
-            raise InputError(
-                f"{metadata.path}: metadata key tokenizer.ggml.tokens holds {token!r} twice"
-            )
+            raise InputError(f"{path}: metadata key tokenizer.ggml.tokens holds {token!r} twice")
         tokens[token] = None
     return list(tokens)
 
@@ -161,30 +161,22 @@ def _tokens(metadata: Metadata, types: list[int], visible_spaces: bool) -> list[
 def _special_tokens(metadata: Metadata, tokens: list[str], assume: bool) -> dict[str, str]:
     found = {}
     for role, (key, assumed_id) in _ROLES.items():
-        token_id = metadata.get(key, assumed_id if assume else None)
+        token_id = metadata.integer(key, 0, len(tokens) - 1, default=assumed_id if assume else None)
         if token_id is None:
             continue
         if token_id >= len(tokens):
-            raise InputError(
-                f"{metadata.path}: metadata key {key} is {token_id},"
-                f" expected an id below {len(tokens)}"
-            )
+            raise InputError(f"{metadata.path}: {key} is missing, and {token_id} is no token")
         found[f"{role}_token"] = tokens[token_id]
     return found
 
 
 def _byte_level(metadata: Metadata, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """Byte-level BPE, and whether it adds BOS unless told otherwise."""
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
-        raise InputError(
-            f"{metadata.path}: metadata key tokenizer.ggml.pre is {name!r},"
-            f" expected one of {', '.join(sorted(_PRE_TOKENIZERS))}"
-        )
+    name = metadata.choice("tokenizer.ggml.pre", sorted(_PRE_TOKENIZERS), default="default")
     pre = _PRE_TOKENIZERS[name]
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
-    for merge in metadata["tokenizer.ggml.merges"]:
+    for merge in metadata.array("tokenizer.ggml.merges", str):
         # The left part may itself begin with a space.
         cut = merge.find(" ", 1)
         pair = merge[:cut], merge[cut + 1 :]
@@ -202,12 +194,22 @@ def _byte_level(metadata: Metadata, tokens: list[str]) -> tuple[Tokenizer, bool]
     return backend, pre.add_bos
 
 
-def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> Tokenizer:
-    """BPE by piece scores with byte fallback, over text whose spaces are made visible."""
+def _sentencepiece(
+    metadata: Metadata, tokens: list[str], types: Sequence[int], count: int
+) -> Tokenizer:
+    """BPE by piece scores with byte fallback, over text whose spaces are made visible.
+
+    The metadata describe `count` tokens, of which `tokens` are used.
+    """
+    scores = _per_token(metadata, "tokenizer.ggml.scores", float, count)
+    if not scores:
+        raise InputError(f"{metadata.path}: tokenizer.ggml.scores is missing")
+    if not all(map(math.isfinite, scores)):
+        raise InputError(f"{metadata.path}: metadata key tokenizer.ggml.scores must be finite")
     backend = Tokenizer(
         BPE(
             vocab={token: index for index, token in enumerate(tokens)},
-            merges=_score_merges(metadata, tokens, types),
+            merges=_score_merges(scores, tokens, types),
             unk_token=_special_tokens(metadata, tokens, assume=True)["unk_token"],
             fuse_unk=True,
             byte_fallback=True,
@@ -215,7 +217,7 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
     )
     make_visible = normalizers.Replace(" ", _SPACE)
     decode_steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    if metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if metadata.flag("tokenizer.ggml.add_space_prefix", default=True):
         # Before every stretch of text, also behind a special token, even if it has a space already.
         backend.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), make_visible])
         decode_steps.append(decoders.Strip(" ", left=1))
@@ -225,14 +227,14 @@ def _sentencepiece(metadata: Metadata, tokens: list[str], types: list[int]) -> T
     return backend
 
 
-def _score_merges(metadata: Metadata, tokens: list[str], types: list[int]) -> list[tuple[str, str]]:
+def _score_merges(
+    scores: Sequence[float], tokens: list[str], types: Sequence[int]
+) -> list[tuple[str, str]]:
     """Every way to join two pieces to a third, the best third first.
 
     Only ordinary (and unused) pieces can come out of a merge. Among the ways to make one piece, a
     longer left part goes first, as in the ``tokenizer.json`` files made from SentencePiece models.
     """
-    count = len(metadata["tokenizer.ggml.tokens"])
-    scores = _per_token(metadata, "tokenizer.ggml.scores", count)
     pieces = {
         token: index
         for index, token in enumerate(tokens)

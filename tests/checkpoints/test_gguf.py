@@ -213,7 +213,7 @@ def test_rope_scalings(tmp_path):
         "original_max_position_embeddings": 64,
         "beta_fast": 16.0,
     }
-    with pytest.raises(InputError, match=r"rope\.scaling\.type is 'longrope'"):
+    with pytest.raises(InputError, match=r"rope\.scaling\.type 'longrope' is not supported"):
         scaling({"rope.scaling.type": "longrope"})
 
 
@@ -432,7 +432,7 @@ def fails(path, *words):
 def test_errors_of_the_file(tmp_path, llama):
     whole = llama.read_bytes()
     bad = tmp_path / "bad.gguf"
-    fails(bad, "not a readable GGUF file")
+    fails(bad, "No such file")
     bad.write_bytes(b"")
     fails(bad, "not a readable GGUF file")
     bad.write_bytes(b"PK\x03\x04" + whole[4:])
@@ -449,9 +449,9 @@ def test_errors_of_the_file(tmp_path, llama):
 def test_errors_of_the_contents(tmp_path):
     path = tmp_path / "m.gguf"
     tensors = converted(hf_llama())
-    fails(write(path, tensors, "mamba"), "architecture 'mamba'", "expected one of", "llama")
+    fails(write(path, tensors, "mamba"), "architecture 'mamba'", "known: ", "llama")
     fails(write(path, {**tensors, "blk.0.ssm_a": random(4)}), "'blk.0.ssm_a'", "'llama'")
-    fails(write(path, tensors, drop=["block_count"]), "'llama.block_count' is missing")
+    fails(write(path, tensors, drop=["block_count"]), "llama.block_count is missing")
     fails(write(path, tensors, extra={"split.count": 2}), "split")
     fails(write(path, tensors, extra={"attention.head_count_kv": [1, 2]}), "head_count_kv")
     fails(write(path, tensors, extra={"rope.dimension_count": 4}), "rope.dimension_count")

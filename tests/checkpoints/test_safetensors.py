@@ -201,11 +201,24 @@ def test_a_tensor_in_two_shards_is_named(sharded):
     _assert_never_opens(sharded[0].parent, message)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": ["a"]}'])
-def test_a_bad_index_is_named(sharded, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "weight_map is missing"),
+        ({"weight_map": ["a"]}, "weight_map must be an object"),
+        ({"weight_map": {"a": 3}}, "weight_map: a must be a string, not 3"),
+        ({"weight_map": {"a": None}}, "weight_map: a is missing"),
+        ({"weight_map": {"a": "../llama/model.safetensors"}}, "a lies in '../llama"),
+        ({"weight_map": {"a": "sub/../../x.safetensors"}}, "a lies in 'sub/../.."),
+        ({"weight_map": {"a": "/etc/x.safetensors"}}, "a lies in '/etc/x"),
+        ({"weight_map": {"a": "x\0.safetensors"}}, "a lies in "),
+        ({"weight_map": {"a": ""}}, "a lies in "),
+    ],
+)
+def test_a_bad_index_is_named(sharded, content, message):
     path = sharded[0].parent
-    (path / INDEX).write_text(content)
-    _assert_never_opens(path, r"index\.json: weight_map is missing")
+    (path / INDEX).write_text(json.dumps(content))
+    _assert_never_opens(path, rf"index\.json: {message}")
 
 
 def _assert_never_opens(path: Path, message: str) -> None:
