@@ -44,6 +44,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "hypothesis>=6",
             "ruff>=0.15,<0.18",  # formatting differs between minor versions
             "mypy>=1.18,<3",
             "accelerate>=1",  # transformers asks for it to read GGUF files into torch

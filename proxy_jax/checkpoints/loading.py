@@ -312,8 +312,7 @@ def check_tensors(checkpoint: Checkpoint, table: list[Tensor], *, tied: bool) ->
         if _has_own_head(checkpoint):
             raise InputError(
                 f"{checkpoint.path}: tensor {_HEAD} is another than the embedding, though the "
-                "config ties them; open the directory itself, which is read so, or set "
-                "tie_word_embeddings to false"
+                "config ties them; name this directory as the model, instead of its hub id"
             )
         stored.discard(_HEAD)
     if missing := sorted(set(expected) - stored):

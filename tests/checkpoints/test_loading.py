@@ -1,6 +1,7 @@
 """Loading parameters: the right numbers, only the needed slices, and errors that name a tensor."""
 
 import collections
+import json
 import shutil
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from proxy_jax.checkpoints import loading
-from proxy_jax.checkpoints.loading import load_params, open_checkpoint
+from proxy_jax.checkpoints.loading import load_params, model_config, open_checkpoint
 from proxy_jax.checkpoints.names import tensors
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint, export
 from proxy_jax.errors import InputError
@@ -232,6 +233,63 @@ def test_a_tied_head_that_is_stored_once_more_is_no_error(build, tmp_path):
     assert "head" not in tied.params
 
 
+def untied_by_the_file(source: Path, path: Path) -> torch.Tensor:
+    """Copies a tied model and gives the file a head of its own."""
+    shutil.copytree(source, path)
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    head = weights["model.embed_tokens.weight"].flip(0).clone()
+    weights["lm_head.weight"] = head
+    safetensors.torch.save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return head
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2", "llama_yarn_mscale_tied"])
+def test_a_head_of_the_file_is_the_models(build, tmp_path, name):
+    untied_by_the_file(build(name).path, tmp_path / "m")
+    checkpoint = SafetensorsCheckpoint(tmp_path / "m")
+    config = model_config(checkpoint)
+    assert not config.tied_head
+    params = load_params([checkpoint], config, np.float32, ONE, stacked=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    np.testing.assert_array_equal(params["head"].T, theirs.lm_head.weight.detach())
+    np.testing.assert_array_equal(params["embedding"], theirs.model.embed_tokens.weight.detach())
+    export(config, params, tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is False
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    np.testing.assert_array_equal(params["head"].T, again.lm_head.weight.detach())
+
+
+def test_a_head_that_differs_late_or_in_shape(build, tmp_path, monkeypatch):
+    path = shutil.copytree(build("qwen2").path, tmp_path / "m")
+    weights = safetensors.torch.load_file(path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    monkeypatch.setattr(loading, "_PIECE", 500)
+
+    def tied(head: torch.Tensor) -> bool:
+        stored = weights | {"lm_head.weight": head}
+        safetensors.torch.save_file(stored, path / "model.safetensors")
+        return model_config(SafetensorsCheckpoint(path)).tied_head
+
+    assert tied(embedding.clone())
+    last = embedding.clone()
+    last[-1, -1] += 1
+    assert not tied(last)
+    assert not tied(embedding[:-1].clone())
+    checkpoint = SafetensorsCheckpoint(path)
+    config = model_config(checkpoint)
+    with pytest.raises(InputError, match=r"lm_head\.weight has shape \(105, 48\)"):
+        load_params([checkpoint], config, np.float32, ONE, stacked=False)
+
+
+def test_a_head_that_was_not_on_disk_when_the_config_was_read_is_refused(build, tmp_path):
+    untied_by_the_file(build("qwen2").path, tmp_path / "m")
+    checkpoint = SafetensorsCheckpoint(tmp_path / "m", fetch=lambda: None)
+    config = model_config(checkpoint)
+    assert config.tied_head
+    with pytest.raises(InputError, match=r"m: tensor lm_head\.weight is another than the embed"):
+        load_params([checkpoint], config, np.float32, ONE, stacked=False)
+
+
 def test_every_parameter_has_one_tensor(reference):
     """The table covers the params, and the names are those that transformers stores."""
     table = tensors(reference.config)
@@ -248,5 +306,7 @@ def test_what_open_checkpoint_accepts(build, tmp_path):
     for nothing in (tmp_path / "absent", tmp_path / "absent.gguf", "./a/b", "a/b/c", "alone"):
         with pytest.raises(InputError, match=r"no such file or directory"):
             open_checkpoint(str(nothing))
+    with pytest.raises(InputError, match="~nobody-here"):
+        open_checkpoint("~nobody-here/model")
     with pytest.raises(InputError, match="nobody/nothing: no such directory, and the hub"):
         open_checkpoint("nobody/nothing")

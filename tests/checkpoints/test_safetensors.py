@@ -1,6 +1,7 @@
 """Hugging Face directories: what we write loads in transformers, and what is broken is named."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -241,3 +243,60 @@ def test_ids_that_end_a_text(llama):
 def test_a_directory_without_a_tokenizer(llama):
     with pytest.raises(InputError, match="llama: no readable tokenizer"):
         SafetensorsCheckpoint(llama).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spelled"),
+    [
+        (torch.int8, "I8"),
+        (torch.int64, "I64"),
+        (torch.uint8, "U8"),
+        (torch.uint16, "U16"),
+        (torch.bool, "BOOL"),
+        (torch.complex64, "C64"),
+    ],
+)
+def test_weights_that_are_no_floating_point_numbers_are_named(llama, dtype, spelled):
+    weights = safetensors.torch.load_file(llama / WEIGHTS)
+    weights["model.norm.weight"] = torch.ones(48).to(dtype)
+    safetensors.torch.save_file(weights, llama / WEIGHTS)
+    message = rf"{WEIGHTS}: tensor model\.norm\.weight has dtype {spelled}, expected .*quantised"
+    _assert_never_opens(llama, message)
+
+
+def test_files_that_are_no_files(llama):
+    (llama / WEIGHTS).unlink()
+    (llama / WEIGHTS).mkdir()
+    _assert_never_opens(llama, rf"{WEIGHTS}: not a regular file")
+    (llama / WEIGHTS).rmdir()
+    os.mkfifo(llama / WEIGHTS)  # would wait for somebody to write
+    _assert_never_opens(llama, rf"{WEIGHTS}: not a regular file")
+    (llama / "config.json").unlink()
+    (llama / "config.json").mkdir()
+    with pytest.raises(InputError, match=r"config\.json: not a regular file"):
+        SafetensorsCheckpoint(llama)
+    (llama / "config.json").rmdir()
+    (llama / "config.json").symlink_to(llama / "config.json")
+    with pytest.raises(InputError, match=r"config\.json: "):
+        SafetensorsCheckpoint(llama)
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (-1, "at least 0, not -1"),
+        (True, "an integer, not True"),
+        (2.5, "an integer, not 2.5"),
+        ("2", "an integer, not '2'"),
+        ([2, -7], "at least 0, not -7"),
+        ([2, True], "int values, not True"),
+        ([2, [3]], r"int values, not \[3\]"),
+        ({"a": 2}, "an integer, not {'a': 2}"),
+    ],
+)
+def test_ids_that_are_none_are_named(llama, file, ids, message):
+    fields = json.loads((llama / file).read_text()) if (llama / file).exists() else {}
+    (llama / file).write_text(json.dumps(fields | {"eos_token_id": ids}))
+    with pytest.raises(InputError, match=rf"llama/{file}: eos_token_id must .*{message}"):
+        _ = SafetensorsCheckpoint(llama).eos_ids

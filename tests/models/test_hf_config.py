@@ -141,6 +141,135 @@ def test_what_is_not_understood_is_named(fields, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be between 1 and 1000, not 0"),
+        ({"num_hidden_layers": 10**7}, "num_hidden_layers must be between 1 and 1000"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers must be between 1 and 1000, not an"),
+        ({"hidden_size": 10**9}, "hidden_size must be between 1 and 1000000"),
+        ({"hidden_size": 0}, "hidden_size must be between 1"),
+        ({"hidden_size": 2}, "hidden size"),
+        ({"intermediate_size": -1}, "intermediate_size must be between 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be between 1"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be between 1"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"head_dim": 0}, "head_dim must be between 1"),
+        ({"head_dim": 3}, "head_dim must be even, not 3"),
+        ({"vocab_size": 10**8}, "vocab_size must be between 1 and 10000000"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be between 1"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps must be above 0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must be above 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be finite"),
+        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 0"),
+        ({"rope_theta": "10000"}, "rope_theta"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"attention_bias": 3}, "attention_bias"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"model_type": "mistral", "sliding_window": -3}, "sliding_window must be between 1"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be between 1"),
+        (
+            {"model_type": "qwen3", "layer_types": ["sliding_attention"] * 2},
+            "sliding_window is missing",
+        ),
+        ({"model_type": "qwen3", "layer_types": [3, 4]}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": "full_attention"}, "layer_types"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, "0"]}, "no_rope_layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers must hold 0 and 1"),
+        ({"model_type": "smollm3", "no_rope_layer_interval": 0}, "not a config of a smollm3"),
+        ({"model_type": "gemma2", "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be abo"),
+        ({"model_type": "gemma2", "attn_logit_softcapping": -5.0}, "attn_logit_softcapping must"),
+        ({"model_type": "gemma2", "final_logit_softcapping": "x"}, "final_logit_softcapping"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor must be above 0"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a number"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0}}, "beta_fast must"),
+        (
+            {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_theta 1 leaves yarn",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "low_freq_factor": 4.0,
+                    "high_freq_factor": 4.0,
+                }
+            },
+            "high_freq_factor must be above 4",
+        ),
+        ({"rope_scaling": {"rope_type": "factors", "factors": [1.0] * 5}}, "expected 6: half"),
+        ({"rope_scaling": {"rope_type": "factors", "factors": [0.0] * 6}}, "must be above 0"),
+        ({"rope_scaling": {"rope_type": "factors", "factors": 2.0}}, "factors must be a list"),
+        ({"per_layer_config": {"0": {"intermediate_size": 4}}}, "per_layer_config"),
+    ],
+)
+def test_values_are_checked(fields, message):
+    with pytest.raises(InputError, match=f"^f.json: .*{message}") as caught:
+        config_from_hf(LLAMA | fields, "f.json")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_no_decoder_needs_is_not_made():
+    """transformers makes a name for each of these labels."""
+    assert config_from_hf(LLAMA | {"num_labels": 10**12}) == config_from_hf(LLAMA)
+
+
+def test_nesting_without_end_is_refused():
+    nested: dict = {}
+    for _ in range(100_000):
+        nested = {"a": nested}
+    with pytest.raises(InputError, match="not a config of a llama model"):
+        config_from_hf(LLAMA | {"extra": nested})
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        # As the recipes of Qwen2.5 and Qwen3 leave it; vLLM's limits.
+        ({"max_position_embeddings": 64, "rope_scaling": YARN}, 256),
+        ({"max_position_embeddings": 80, "rope_scaling": YARN}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "yarn", "factor": 4.0}}, 256),
+        # As those who trained with the stretched context leave it.
+        ({"max_position_embeddings": 256, "rope_scaling": YARN}, 256),
+        ({"max_position_embeddings": 300, "rope_scaling": YARN}, 300),
+        ({"max_position_embeddings": 256, "rope_scaling": YARN | {"factor": None}}, 256),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.5}}, 160),
+        ({"max_position_embeddings": 100, "rope_scaling": {"type": "linear", "factor": 2.4}}, 240),
+        ({"max_position_embeddings": 3, "rope_scaling": {"type": "linear", "factor": 1.1}}, 3),
+        ({"max_position_embeddings": 64}, 64),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_scaling": YARN
+                | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            },
+            64,
+        ),
+    ],
+)
+def test_contexts_that_a_rope_stretches(fields, positions):
+    config = config_from_hf(LLAMA | fields)
+    assert config.max_positions == positions
+    written = json.loads(json.dumps(config_to_hf(config)))
+    assert config_from_hf(written) == config
+
+
+def test_gemma3s_context_is_the_stretched_one(build):
+    gemma = build("gemma3")
+    assert gemma.config.ropes[0] == Rope(theta=350.0, kind="linear", factor=2.5)
+    assert gemma.config.max_positions == gemma.model.config.max_position_embeddings == 96
+
+
 def test_export_refuses_what_config_json_cannot_say(build):
     hf = copy.deepcopy(build("gemma3").checkpoint.hf_config)
     hf["rope_parameters"]["sliding_attention"] |= {"rope_type": "linear", "factor": 2.0}
