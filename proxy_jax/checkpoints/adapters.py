@@ -4,41 +4,60 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from proxy_jax.checkpoints.names import Tensor, tensors
+from proxy_jax.checkpoints.names import Tensor, canonical, tensors
 from proxy_jax.checkpoints.native import TrainedArrays, find_run
+from proxy_jax.checkpoints.peft_config import read_settings
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.lora import attach
 from proxy_jax.models.turned import Turned, turn
-from proxy_jax.reading import read_json
+from proxy_jax.reading import reading
 from proxy_jax.sharding import Placement
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a config must say for the adapter to be scale * A B on linear layers, and nothing else.
-_REQUIRED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "use_rslora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "modules_to_save": ([], None),
-    "alora_invocation_tokens": (None,),
-    # The others change the base model's weights, too.
-    "init_lora_weights": (True, False, None, "gaussian"),
-}
+_PICKLED = "adapter_model.bin"
+_PREFIX, _MODEL = "base_model.model.", "model."  # before names: PEFT's, a causal decoder's own
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrices:
+    """What an adapter adds to one weight: scale * A B.
+
+    Attributes:
+      a: [in..., R].
+      b: [R, out...].
+      scale: a number.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    def widened(self, rank: int) -> Matrices:
+        """Gives the same product at a larger rank, by zeros."""
+        more = [(0, rank - self.a.shape[-1])]
+        a = np.pad(self.a, [(0, 0)] * (self.a.ndim - 1) + more)
+        return Matrices(a, np.pad(self.b, more + [(0, 0)] * (self.b.ndim - 1)), self.scale)
+
+    def scaled(self) -> Matrices:
+        """Gives the same product at scale 1: B takes the scale, in float32."""
+        return Matrices(self.a, self.b.astype(np.float32) * np.float32(self.scale), 1.0)
+
+
+Layer: TypeAlias = dict[str, dict[str, Matrices]]  # by part of the block, and weight
 
 
 def with_adapter(
@@ -63,23 +82,49 @@ def with_adapter(
     Raises:
       InputError: an adapter of another kind or for another model; names the key or tensor.
     """
-    layers, scale = read_adapter(path, config)
-    layers = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), layers)
-    if turned:
-        layers = jax.tree_util.tree_map_with_path(_turned, layers)
+    layers = read_adapter(path, config)
     stacked = isinstance(params["layers"], dict)
-    tree: Any = jax.tree.map(lambda *x: np.stack(x), *layers) if stacked else tuple(layers)
+    if stacked:
+        layers = _alike(layers)
+    pairs = jax.tree.map(lambda m: {"a": m.a, "b": m.b}, layers)
+    scales = jax.tree.map(lambda m: m.scale, layers)
+    pairs = jax.tree.map(lambda x: np.asarray(x, jnp.dtype(dtype)), pairs)
+    if turned:
+        pairs = jax.tree_util.tree_map_with_path(_turned, pairs)
+    tree: Any = jax.tree.map(lambda *x: np.stack(x), *pairs) if stacked else tuple(pairs)
     # Small: every device holds all of it.
     tree = jax.tree.map(lambda x: jax.device_put(x, place.sharding((None,) * x.ndim)), tree)
-    return attach(params, {"layers": tree}, scale)
+    of_layers = scales[0] if stacked else tuple(scales)
+    return attach(params, {"layers": tree}, {"layers": of_layers})
+
+
+def _alike(layers: Sequence[Layer]) -> list[Layer]:
+    """Gives all layers matrices for the same weights, of one rank and scale, to be stacked.
+
+    What a layer does not adapt is zero there, and a smaller rank is filled up with zeros. Scales
+    that differ between layers go into B.
+    """
+    places = {(part, name) for layer in layers for part in layer for name in layer[part]}
+    alike: list[Layer] = [{} for _ in layers]
+    for part, name in sorted(places):
+        adapted = [layer.get(part, {}).get(name) for layer in layers]
+        present = [matrices for matrices in adapted if matrices]
+        rank = max(matrices.a.shape[-1] for matrices in present)
+        one_scale = len({matrices.scale for matrices in present}) == 1
+        first = present[0]
+        nothing = Matrices(np.zeros_like(first.a), np.zeros_like(first.b), first.scale)
+        for layer, matrices in zip(alike, adapted, strict=True):
+            wide = (matrices or nothing).widened(rank)
+            layer.setdefault(part, {})[name] = wide if one_scale else wide.scaled()
+    return alike
 
 
 def _turned(path: Sequence[Any], matrix: np.ndarray) -> Turned:
     return turn(matrix, matrix.ndim - 1 if path[-1].key == "a" else 1)
 
 
-def read_adapter(path: Path, config: ModelConfig) -> tuple[list[dict[str, Any]], float]:
-    """Reads and checks an adapter: its matrices by layer, as stored, and the scale alpha / R.
+def read_adapter(path: Path, config: ModelConfig) -> list[Layer]:
+    """Reads and checks an adapter: the matrices of each layer, as stored.
 
     Args:
       path: a directory with adapter_config.json and adapter_model.safetensors, or a LoRA run of
@@ -90,39 +135,74 @@ def read_adapter(path: Path, config: ModelConfig) -> tuple[list[dict[str, Any]],
       InputError: an adapter of another kind or for another model; names the key or tensor.
     """
     source = _open_run(path, config) or _open_peft(path)
-    unread = set(source.names)
-    layers: list[dict[str, Any]] = [{} for _ in range(config.num_layers)]
+    weights = {weight.name.removesuffix(".weight"): weight for weight in _linear_weights(config)}
+    pairs = {module: _pair(weights[module], source.rank(module)) for module in weights}
+    _check_names(path, source, pairs, config)
+    table = [tensor for pair in pairs.values() for tensor in pair]
+    arrays = {}
     # The layers of a matrix in a row: a run may store them as one array.
-    for tensor in sorted(lora_tensors(config, source.rank), key=lambda tensor: tensor.path[2:]):
-        if tensor.name not in unread:
+    for tensor in sorted(table, key=lambda tensor: tensor.path[2:]):
+        if tensor.name not in source.names:
             continue
-        unread.remove(tensor.name)
         array = source.read(tensor.name)
         if array.shape != tensor.source_shape:
             raise InputError(
-                f"{path}: tensor {tensor.name} has shape {array.shape}, the model and rank "
-                f"{source.rank} ask for {tensor.source_shape}"
+                f"{path}: tensor {source.names[tensor.name]} has shape {array.shape}, the model "
+                f"and rank {dict(tensor.sizes)['R']} ask for {tensor.source_shape}"
             )
-        _, layer, module, weight, matrix = tensor.path
-        target = layers[int(layer)].setdefault(str(module), {}).setdefault(weight, {})
-        target[matrix] = tensor.to_ours(array)
-    if unread:
-        raise InputError(f"{path}: tensor {min(unread)} adapts nothing in a {config.family} model")
-    kinds = {jax.tree.structure(layer) for layer in layers}
-    whole = all({"a", "b"} == set(pair) for m in layers[0].values() for pair in m.values())
-    if len(kinds) != 1 or not layers[0] or not whole:
-        raise InputError(f"{path}: the same matrices, A and B, must be adapted in every layer")
-    return layers, source.scale
+        arrays[tensor.name] = tensor.to_ours(array)
+    layers: list[Layer] = [{} for _ in range(config.num_layers)]
+    for module, (a, b) in pairs.items():
+        if a.name in arrays:
+            _, layer, part, name = weights[module].path
+            matrices = Matrices(arrays[a.name], arrays[b.name], source.scale(module))
+            layers[int(layer)].setdefault(str(part), {})[str(name)] = matrices
+    return layers
+
+
+def _check_names(
+    path: Path, source: _Source, pairs: Mapping[str, tuple[Tensor, Tensor]], config: ModelConfig
+) -> None:
+    """Compares the names that a source has with those that it should have."""
+    known = {tensor.name for pair in pairs.values() for tensor in pair}
+    if unknown := sorted(set(source.names) - known):
+        what = "adapts nothing" if ".lora_" in unknown[0] else "is no A or B of LoRA"
+        raise InputError(
+            f"{path}: tensor {source.names[unknown[0]]} {what} that is supported: linear layers "
+            f"in the blocks of a {config.family} model"
+        )
+    for module, pair in pairs.items():
+        missing = [tensor.name for tensor in pair if tensor.name not in source.names]
+        if source.targets(module) and missing:
+            raise InputError(f"{path}: tensor {missing[0]} is missing, {source.expectation}")
+        if not source.targets(module) and len(missing) < 2:
+            stored = next(tensor.name for tensor in pair if tensor.name in source.names)
+            raise InputError(
+                f"{path}: tensor {source.names[stored]} is of a module that {_CONFIG} does not "
+                "target"
+            )
+    if not source.names:
+        raise InputError(f"{path}: adapts no layer of the model")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Source:
-    """Where an adapter's matrices come from, under PEFT's names and in its layout."""
+    """Where an adapter's matrices come from, under PEFT's names and in its layout.
 
-    names: Collection[str]
+    Attributes:
+      names: of the matrices; for each one, how it is spelled where it is stored.
+      read: gives a matrix, by its name.
+      rank, scale: of a module's matrices, by the module's name in the model.
+      targets: whether a module must have matrices.
+      expectation: why, as an error says it.
+    """
+
+    names: Mapping[str, str]
     read: Callable[[str], np.ndarray]
-    rank: int
-    scale: float
+    rank: Callable[[str], int]
+    scale: Callable[[str], float]
+    targets: Callable[[str], bool]
+    expectation: str
 
 
 def _open_run(path: Path, config: ModelConfig) -> _Source | None:
@@ -131,20 +211,81 @@ def _open_run(path: Path, config: ModelConfig) -> _Source | None:
         return None
     if not run.rank:
         raise InputError(f"{path}: a run that trains all weights: a model, not an adapter")
-    arrays = TrainedArrays(run.checkpoint, lora_tensors(config, run.rank))
+    rank, scale = run.rank, run.scale
+    arrays = TrainedArrays(run.checkpoint, lora_tensors(config, rank))
 
     def read(name: str) -> np.ndarray:
         arrays.shape(name)  # refuses an array that does not fit
         return arrays.read(name)
 
-    return _Source(arrays.names, read, run.rank, run.scale)
+    names = {name: name for name in arrays.names}
+    kinds = {name.split(".lora_")[0].split(".")[-1] for name in names}  # q_proj, ...
+    return _Source(
+        names,
+        read,
+        rank=lambda module: rank,
+        scale=lambda module: scale,
+        targets=lambda module: module.split(".")[-1] in kinds,
+        expectation="and the same must be adapted in every layer",
+    )
 
 
 def _open_peft(path: Path) -> _Source:
-    settings = _read_config(path)
-    stored = _read_tensors(path / _WEIGHTS)
-    scale = settings["lora_alpha"] / settings["r"]
-    return _Source(stored, stored.__getitem__, settings["r"], scale)
+    file = path / _CONFIG
+    settings = read_settings(file)
+    stored = _read_tensors(path)
+    names: dict[str, str] = {}
+    for spelled in stored:
+        name = _name(spelled)
+        if name in names:
+            raise InputError(f"{path}: tensors {names[name]} and {spelled} are one and the same")
+        if name is not None:
+            names[name] = spelled
+    model = _model_prefix(path, names)
+    for module in ("lm_head", f"{model}embed_tokens"):
+        if settings.targets(module):
+            raise InputError(
+                f"{file}: target_modules has {module}; supported are linear layers in the blocks"
+            )
+
+    def spelled_module(module: str) -> str:
+        return model + module.removeprefix(_MODEL)
+
+    return _Source(
+        names,
+        lambda name: stored[names[name]],
+        rank=lambda module: settings.rank_of(spelled_module(module)),
+        scale=lambda module: settings.scale_of(spelled_module(module)),
+        targets=lambda module: settings.targets(spelled_module(module)),
+        expectation=f"but {_CONFIG} targets its module",
+    )
+
+
+def _name(spelled: str) -> str | None:
+    """The name of a matrix as PEFT saves one of a decoder; None where no decoder needs it.
+
+    Training loops that save by themselves leave the adapter's own name in it, "default". Models
+    that also see have a longer name for the decoder.
+    """
+    if not spelled.startswith(_PREFIX):
+        return spelled
+    name = canonical(
+        re.sub(r"(\.lora_[AB])\.default\.weight$", r"\1.weight", spelled[len(_PREFIX) :])
+    )
+    return None if name is None else _PREFIX + name
+
+
+def _model_prefix(path: Path, names: Mapping[str, str]) -> str:
+    """What stands before "layers" in the adapted model's own names."""
+    prefixes = {
+        spelled[len(_PREFIX) : spelled.index("layers.")]
+        for name, spelled in names.items()
+        if name.startswith(f"{_PREFIX}{_MODEL}layers.")
+    }
+    if len(prefixes) > 1:
+        first, second = sorted(prefixes)[:2]
+        raise InputError(f"{path}: tensors are of {first}layers and of {second}layers")
+    return prefixes.pop() if prefixes else _MODEL
 
 
 def save_adapter(
@@ -222,37 +363,45 @@ def save_adapter(
     (path / _CONFIG).write_text(json.dumps(settings, indent=2))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / _CONFIG
-    settings = read_json(file)
-    for key, allowed in _REQUIRED.items():
-        if settings.get(key) not in allowed:
-            raise InputError(f"{file}: {key}={settings.get(key)!r} is not supported")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(settings.get(key), (int, float)) or settings[key] <= 0:
-            raise InputError(f"{file}: {key} must be a positive number")
-    return settings
-
-
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with safe_open(file, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: not a whole safetensors file ({error})") from error
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    file, pickled = path / _WEIGHTS, path / _PICKLED
+    if not file.exists() and pickled.exists():
+        raise InputError(
+            f"{pickled}: a pickle, which is never loaded; PeftModel.from_pretrained reads it and "
+            f"save_pretrained then writes {_WEIGHTS}"
+        )
+    if not file.is_file():
+        raise InputError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
+    arrays = {}
+    with (
+        reading(file, "not a whole safetensors file"),
+        safe_open(file, framework="numpy") as opened,
+    ):
+        for name in opened.keys():  # noqa: SIM118 (not a mapping)
+            dtype = opened.get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise InputError(
+                    f"{file}: tensor {name} is {dtype}, not one of {', '.join(_FLOATS)}"
+                )
+            arrays[name] = opened.get_tensor(name)
+    return arrays
 
 
 def lora_tensors(config: ModelConfig, rank: int) -> list[Tensor]:
     """A and B of every linear layer inside the blocks, as PEFT names them."""
-    found = []
-    for tensor in tensors(config):
-        if tensor.path[0] != "layers" or len(tensor.source) != 2:
-            continue
-        out, into = tensor.source
-        stem = f"base_model.model.{tensor.name.removesuffix('.weight')}"
-        sizes = (*tensor.sizes, ("R", rank))
-        found += [
-            Tensor(f"{stem}.lora_A.weight", (*tensor.path, "a"), ("R", into), f"{into}R", sizes),
-            Tensor(f"{stem}.lora_B.weight", (*tensor.path, "b"), (out, "R"), f"R{out}", sizes),
-        ]
-    return found
+    return [tensor for weight in _linear_weights(config) for tensor in _pair(weight, rank)]
+
+
+def _linear_weights(config: ModelConfig) -> list[Tensor]:
+    return [t for t in tensors(config) if t.path[0] == "layers" and len(t.source) == 2]
+
+
+def _pair(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a weight."""
+    out, into = weight.source
+    stem = _PREFIX + weight.name.removesuffix(".weight")
+    sizes = (*weight.sizes, ("R", rank))
+    return (
+        Tensor(f"{stem}.lora_A.weight", (*weight.path, "a"), ("R", into), f"{into}R", sizes),
+        Tensor(f"{stem}.lora_B.weight", (*weight.path, "b"), (out, "R"), f"R{out}", sizes),
+    )

@@ -45,7 +45,7 @@ class Adapted:
       weight: of the base model, [in..., out...], or a `Quantized` or `Turned` one.
       a: [in..., R], or turned.
       b: [R, out...], or turned.
-      scale: lora_alpha / R.
+      scale: what A B is multiplied with, lora_alpha / R or lora_alpha / sqrt(R).
       first_only: of the roles of a vmap the first has the adapter, the others the weight alone.
         See `beside_nothing`.
       key: random key of dropout; None outside training.
@@ -150,21 +150,25 @@ def _of_roles(weight: Adapted, function: Callable[..., jax.Array]) -> Callable[.
     return of_one
 
 
-def attach(params: Any, adapter: Any, scale: float) -> Any:
+def attach(params: Any, adapter: Any, scale: Any) -> Any:
     """Puts an adapter's matrices beside the weights they adapt.
 
     Args:
       params: a model's parameters.
       adapter: a tree like params that has {"a", "b"} in place of the adapted weights and nothing
         in place of the others.
-      scale: lora_alpha / R.
+      scale: what A B is multiplied with, one number for all weights, or a tree like adapter with
+        one in place of each {"a", "b"}.
     """
     if isinstance(params, tuple):
-        return tuple(attach(p, a, scale) for p, a in zip(params, adapter, strict=True))
+        by_layer = scale if isinstance(scale, tuple) else (scale,) * len(params)
+        layers = zip(params, adapter, by_layer, strict=True)
+        return tuple(attach(*layer) for layer in layers)
     if not isinstance(params, dict):
         return Adapted(params, adapter["a"], adapter["b"], scale)
+    by_key = scale if isinstance(scale, dict) else dict.fromkeys(adapter, scale)
     return {
-        key: attach(value, adapter[key], scale) if key in adapter else value
+        key: attach(value, adapter[key], by_key[key]) if key in adapter else value
         for key, value in params.items()
     }
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from proxy_jax.checkpoints.adapters import save_adapter, with_adapter
+from proxy_jax.checkpoints.adapters import read_adapter, save_adapter, with_adapter
+from proxy_jax.checkpoints.names import tensors
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import apply
 from proxy_jax.models.lora import Adapted, is_adapted, merge
@@ -24,9 +25,9 @@ TOKENS = np.arange(24).reshape(2, 12) % 90
 POSITIONS = np.broadcast_to(np.arange(12), (2, 12))
 
 
-def adapted(reference, directory, targets):
+def adapted(reference, directory, targets, **fields):
     """A peft model with random A and B, saved; returns it in torch."""
-    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=targets)
+    config = peft.LoraConfig(**({"r": 3, "lora_alpha": 7, "target_modules": targets} | fields))
     torch.manual_seed(0)
     model = peft.get_peft_model(families.torch_model(reference.name), config)
     with torch.no_grad():
@@ -43,11 +44,23 @@ def logits(reference, params, place):
         return np.asarray(run(reference.config, params, TOKENS, POSITIONS, None, place)[0])
 
 
-@pytest.mark.parametrize(("name", "targets"), [("llama", ALL), ("gemma3", ["q_proj", "o_proj"])])
+# Ranks and scales that differ between weights and between layers; a layer without an adapter.
+UNEVEN = {
+    "layers_to_transform": [0, 2],
+    "use_rslora": True,
+    "rank_pattern": {"^model.layers.2.self_attn.q_proj": 5, "v_proj": 2},
+    "alpha_pattern": {r"layers\.0\.self_attn\.(q|v)_proj": 3, "up_proj": 1.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "fields"),
+    [("llama", ALL, {}), ("gemma3", ["q_proj", "o_proj"], {}), ("llama", ALL, UNEVEN)],
+)
 @pytest.mark.parametrize("stacked", [False, True])
-def test_logits_equal_pefts(build, tmp_path, name, targets, stacked):
+def test_logits_equal_pefts(build, tmp_path, name, targets, fields, stacked):
     reference = build(name)
-    model = adapted(reference, tmp_path, targets)
+    model = adapted(reference, tmp_path, targets, **fields)
     with torch.inference_mode():
         theirs = model(torch.tensor(TOKENS)).logits.numpy()
     plain = reference.load(ONE, stacked=stacked)
@@ -73,6 +86,57 @@ def test_eight_devices_equal_one(build, tmp_path):
     np.testing.assert_allclose(many, one, atol=1e-4)
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "fields"),
+    [
+        (["q_proj"], {"layers_to_transform": 1, "layers_pattern": "layers"}),
+        (["self_attn.o_proj", "model.layers.1.mlp.up_proj"], {}),
+        (r".*\.[12]\..*(q|down)_proj", {"exclude_modules": r".*1\.mlp.*", "fan_in_fan_out": True}),
+        (["q_proj", "v_proj"], {"rank_pattern": {"0.self_attn.q_proj": 6}, "lora_alpha": 2.5}),
+        (["k_proj", "up_proj"], {"alpha_pattern": {"2.mlp.up_proj": 1}}),
+        (["q_proj", "down_proj"], {"use_rslora": True}),
+    ],
+)
+def test_what_peft_adapts(build, tmp_path, targets, fields, stacked):
+    """Each weight with what the adapter adds to it, as peft merges them."""
+    reference = build("llama")
+    model = adapted(reference, tmp_path, targets, **fields).merge_and_unload()
+    plain = reference.load(ONE, stacked=stacked)
+    params = merge(with_adapter(plain, tmp_path, reference.config, "float32", ONE))
+    theirs = model.state_dict()
+    changed = 0
+    for tensor in tensors(reference.config):
+        key, *rest = tensor.path
+        index, inner = (int(rest[0]), rest[1:]) if key == "layers" else (None, rest)
+        ours, before = (tree[key] for tree in (params, plain))
+        if index is not None and not stacked:
+            ours, before = ours[index], before[index]
+        for part in inner:
+            ours, before = ours[part], before[part]
+        if index is not None and stacked:
+            ours, before = ours[index], before[index]
+        changed += not np.array_equal(ours, before)
+        expected = tensor.to_ours(theirs[tensor.name].numpy())
+        np.testing.assert_allclose(ours, expected, atol=1e-5, err_msg=tensor.name)
+    assert 0 < changed < 2 * reference.config.num_layers + 1
+
+
+def test_scales_that_differ_are_in_b_before_it_is_rounded(build, tmp_path):
+    """In bfloat16 stacked layers have the product of B and its scale, rounded once."""
+    reference = build("llama")
+    adapted(reference, tmp_path, ["q_proj"], alpha_pattern={"1.self_attn.q_proj": 2})
+    plain = reference.load(ONE, stacked=True)
+    leaf = with_adapter(plain, tmp_path, reference.config, jnp.bfloat16, ONE)["layers"]["attention"]
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    for layer, alpha in enumerate([7, 2, 7]):
+        b = stored[FIRST.replace("0", str(layer)).replace("lora_A", "lora_B")]
+        expected = (b.astype("float32") * np.float32(alpha / 3)).astype(jnp.bfloat16)
+        ours = np.asarray(leaf["q"].b[layer]).reshape(3, -1).T
+        np.testing.assert_array_equal(ours, expected)
+    assert leaf["q"].scale == 1
+
+
 def edit_config(directory, **fields):
     file = directory / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
@@ -80,33 +144,152 @@ def edit_config(directory, **fields):
 
 def edit_tensors(directory, change):
     file = directory / "adapter_model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
+    stored = load_file(file)
+    save_file(change(stored) or stored, file)
+
+
+def renamed(directory, old, new):
+    edit_tensors(directory, lambda t: {k.replace(old, new): v for k, v in t.items()})
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+FIRST_B = FIRST.replace("lora_A", "lora_B")
+SEEING = FIRST.replace("model.layers", "model.vision_tower.layers")  # of another part of a model
+TINY = np.zeros((2, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "pattern"),
+    [
+        ("model.layers", "model.language_model.layers", "^model.language_model.layers.1"),
+        (
+            "model.model.layers",
+            "model.language_model.model.layers",
+            "^language_model.model.layers.1",
+        ),
+        (".weight", ".default.weight", "^model.layers.1"),
+    ],
+    ids=["vision", "vision, older", "adapter"],
+)
+def test_other_spellings(build, tmp_path, old, new, pattern):
+    """Names of vision-language classes, in patterns too, and with the adapter's own name."""
+    reference = build("gemma3")
+    ranks = {"^model.layers.1.self_attn.q_proj": 2}
+    adapted(reference, tmp_path, ["q_proj", "o_proj"], rank_pattern=ranks)
+    expected = read_adapter(tmp_path, reference.config)
+    renamed(tmp_path, old, new)
+    edit_config(tmp_path, rank_pattern={f"{pattern}.self_attn.q_proj": 2})
+    edit_tensors(tmp_path, lambda t: t | {SEEING: TINY})
+
+    def check(ours, theirs):
+        np.testing.assert_array_equal(ours.a, theirs.a)
+        np.testing.assert_array_equal(ours.b, theirs.b)
+        assert ours.scale == theirs.scale
+
+    jax.tree.map(check, read_adapter(tmp_path, reference.config), expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"trainable_token_indices": [3]}, r"trainable_token_indices=\[3\] is not supported"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "target_modules has lm_head; supported are"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"target_modules has model\.embed_tokens"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is not supported"),
+    ],
+)
+def test_variants_that_peft_writes(build, tmp_path, fields, message):
+    reference = build("llama")
+    adapted(reference, tmp_path, ["q_proj"], **fields)
+    with pytest.raises(InputError, match=message):
+        read_adapter(tmp_path, reference.config)
+
+
+def test_embeddings_saved_along(build, tmp_path):
+    reference = build("llama")
+    adapted(reference, tmp_path, ["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(InputError, match=r"lm_head\.weight is no A or B of LoRA that is"):
+        read_adapter(tmp_path, reference.config)
+
+
+def pickled(directory):
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+
+
+def cut(directory):
+    file = directory / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+
+
+def a_directory(directory, name):
+    (directory / name).unlink()
+    (directory / name).mkdir()
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: edit_config(d, use_dora=True), "use_dora=True is not supported"),
-        (lambda d: edit_config(d, peft_type="IA3"), "peft_type='IA3' is not supported"),
-        (lambda d: edit_config(d, r=0), "r must be a positive number"),
+        (lambda d: edit_config(d, r=0), "r must be between 1 and"),
         (lambda d: edit_config(d, r=4), "q_proj.lora_A.weight has shape"),
-        (lambda d: edit_tensors(d, lambda t: t.pop(FIRST)), "in every layer"),
-        (lambda d: edit_tensors(d, lambda t: t.update(x=t[FIRST])), "tensor x adapts nothing"),
+        (
+            lambda d: edit_config(d, rank_pattern={"1.self_attn.q_proj": 2}),
+            r"\.1\..* and rank 2 ask",
+        ),
+        (lambda d: edit_config(d, target_modules=["q_proj", "k_proj"]), "k_proj.*is missing, but"),
+        (lambda d: edit_config(d, target_modules=["k_proj"]), "does not target"),
+        (lambda d: edit_config(d, exclude_modules=["0.self_attn.q_proj"]), "does not target"),
+        (lambda d: edit_config(d, layers_to_transform=[1, 2]), r"\.0\..*does not target"),
+        (
+            lambda d: edit_tensors(d, lambda t: t.pop(FIRST) is None),
+            "lora_A.weight is missing, but",
+        ),
+        (lambda d: edit_tensors(d, lambda t: t.pop(FIRST_B) is None), "lora_B.weight is missing"),
+        (lambda d: edit_tensors(d, lambda t: t | {"x": TINY}), "tensor x is no A or B of LoRA"),
+        (lambda d: renamed(d, "q_proj", "w_proj"), "w_proj.lora_A.weight adapts nothing that is"),
+        (lambda d: renamed(d, "base_model.model.", ""), "tensor model.layers.* adapts nothing"),
+        (lambda d: renamed(d, "layers.0", "language_model.layers.0"), "are of .* and of .*layers"),
+        (
+            lambda d: edit_tensors(d, lambda t: t | {FIRST.replace(".w", ".default.w"): TINY}),
+            "lora_A.weight and .*lora_A.default.weight are one and the same|"
+            "lora_A.default.weight and .*lora_A.weight are one and the same",
+        ),
+        (
+            lambda d: edit_tensors(d, lambda t: t | {FIRST: t[FIRST].astype("int32")}),
+            r"tensor \S*0.self_attn.q_proj.lora_A.weight is I32, not one of F64, F32, F16, BF16",
+        ),
+        (lambda d: edit_tensors(d, lambda t: t | {FIRST: t[FIRST] > 0}), "is BOOL, not one of"),
+        (
+            lambda d: edit_tensors(d, lambda t: t | {FIRST: t[FIRST].astype("complex64")}),
+            "is C64, not one of",
+        ),
+        (lambda d: edit_tensors(d, lambda t: {SEEING: TINY}), "is missing"),
         (lambda d: (d / "adapter_config.json").unlink(), "adapter_config.json: no such file"),
-        (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors: not a"),
+        (
+            lambda d: a_directory(d, "adapter_config.json"),
+            "adapter_config.json: not a regular file",
+        ),
+        (
+            lambda d: (d / "adapter_model.safetensors").unlink(),
+            "adapter_model.safetensors: no such",
+        ),
+        (
+            lambda d: a_directory(d, "adapter_model.safetensors"),
+            "adapter_model.* not a regular file",
+        ),
+        (cut, "adapter_model.safetensors: not a whole safetensors file"),
+        (pickled, "adapter_model.bin: a pickle, which is never loaded; .*save_pretrained"),
     ],
 )
 def test_what_is_refused(build, tmp_path, damage, message):
     reference = build("llama")
     adapted(reference, tmp_path, ["q_proj"])
     damage(tmp_path)
-    with pytest.raises(InputError, match=message):
-        with_adapter(reference.params, tmp_path, reference.config, "float32", ONE)
+    with pytest.raises(InputError, match=message) as caught:
+        read_adapter(tmp_path, reference.config)
+    assert "\n" not in str(caught.value)
 
 
 def random_adapter(config, modules, *, stacked):
