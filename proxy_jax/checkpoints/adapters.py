@@ -137,8 +137,30 @@ def read_adapter(path: Path, config: ModelConfig) -> list[Layer]:
     source = _open_run(path, config) or _open_peft(path)
     weights = {weight.name.removesuffix(".weight"): weight for weight in _linear_weights(config)}
     pairs = {module: _pair(weights[module], source.rank(module)) for module in weights}
-    _check_names(path, source, pairs, config)
-    table = [tensor for pair in pairs.values() for tensor in pair]
+    arrays = _read_matrices(path, source, [t for pair in pairs.values() for t in pair], config)
+    layers: list[Layer] = [{} for _ in range(config.num_layers)]
+    for module, pair in pairs.items():
+        _check_pair(path, source, module, pair)
+        a, b = (arrays.get(tensor.name) for tensor in pair)
+        if a is not None and b is not None:
+            _, layer, part, name = weights[module].path
+            matrices = Matrices(a, b, source.scale(module))
+            layers[int(layer)].setdefault(str(part), {})[str(name)] = matrices
+    if not arrays:
+        raise InputError(f"{path}: adapts no layer of the model")
+    return layers
+
+
+def _read_matrices(
+    path: Path, source: _Source, table: Sequence[Tensor], config: ModelConfig
+) -> dict[str, np.ndarray]:
+    """The matrices that are there, in our layout, by name."""
+    if unknown := sorted(set(source.names) - {tensor.name for tensor in table}):
+        what = "adapts nothing" if ".lora_" in unknown[0] else "is no A or B of LoRA"
+        raise InputError(
+            f"{path}: tensor {source.names[unknown[0]]} {what} that is supported: linear layers "
+            f"in the blocks of a {config.family} model"
+        )
     arrays = {}
     # The layers of a matrix in a row: a run may store them as one array.
     for tensor in sorted(table, key=lambda tensor: tensor.path[2:]):
@@ -151,38 +173,20 @@ def read_adapter(path: Path, config: ModelConfig) -> list[Layer]:
                 f"and rank {dict(tensor.sizes)['R']} ask for {tensor.source_shape}"
             )
         arrays[tensor.name] = tensor.to_ours(array)
-    layers: list[Layer] = [{} for _ in range(config.num_layers)]
-    for module, (a, b) in pairs.items():
-        if a.name in arrays:
-            _, layer, part, name = weights[module].path
-            matrices = Matrices(arrays[a.name], arrays[b.name], source.scale(module))
-            layers[int(layer)].setdefault(str(part), {})[str(name)] = matrices
-    return layers
+    return arrays
 
 
-def _check_names(
-    path: Path, source: _Source, pairs: Mapping[str, tuple[Tensor, Tensor]], config: ModelConfig
-) -> None:
-    """Compares the names that a source has with those that it should have."""
-    known = {tensor.name for pair in pairs.values() for tensor in pair}
-    if unknown := sorted(set(source.names) - known):
-        what = "adapts nothing" if ".lora_" in unknown[0] else "is no A or B of LoRA"
+def _check_pair(path: Path, source: _Source, module: str, pair: tuple[Tensor, Tensor]) -> None:
+    """Compares the matrices of a module that are there with those that should be."""
+    stored = [tensor.name for tensor in pair if tensor.name in source.names]
+    missing = [tensor.name for tensor in pair if tensor.name not in source.names]
+    if source.targets(module) and missing:
+        raise InputError(f"{path}: tensor {missing[0]} is missing, {source.expectation}")
+    if not source.targets(module) and stored:
         raise InputError(
-            f"{path}: tensor {source.names[unknown[0]]} {what} that is supported: linear layers "
-            f"in the blocks of a {config.family} model"
+            f"{path}: tensor {source.names[stored[0]]} is there, but {_CONFIG} does not target its "
+            "module"
         )
-    for module, pair in pairs.items():
-        missing = [tensor.name for tensor in pair if tensor.name not in source.names]
-        if source.targets(module) and missing:
-            raise InputError(f"{path}: tensor {missing[0]} is missing, {source.expectation}")
-        if not source.targets(module) and len(missing) < 2:
-            stored = next(tensor.name for tensor in pair if tensor.name in source.names)
-            raise InputError(
-                f"{path}: tensor {source.names[stored]} is of a module that {_CONFIG} does not "
-                "target"
-            )
-    if not source.names:
-        raise InputError(f"{path}: adapts no layer of the model")
 
 
 @dataclasses.dataclass(frozen=True)

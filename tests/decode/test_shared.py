@@ -16,14 +16,13 @@ from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.trio import load_trio
 from tests.trios import PROMPTS, STEPS, complete
 
+MODULES = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-@pytest.fixture(scope="module")
-def lora(llama, tmp_path_factory):
-    """The llama trio with M+ = M- and a random adapter: what its torch loop draws, M+ in torch."""
-    directory = tmp_path_factory.mktemp("adapter")
-    modules = ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=modules)
-    fresh = type(llama.models["antiexpert"]).from_pretrained(llama.paths["antiexpert"])
+
+def adapted(trio, directory, **fields):
+    """A trio with M+ = M- and a random adapter: what its torch loop draws, and M+ in torch."""
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=MODULES, **fields)
+    fresh = type(trio.models["antiexpert"]).from_pretrained(trio.paths["antiexpert"])
     torch.manual_seed(1)
     expert = peft.get_peft_model(fresh, config).eval()
     with torch.no_grad():
@@ -31,8 +30,16 @@ def lora(llama, tmp_path_factory):
             if "lora_" in name:
                 weight.normal_(0.0, 0.5)
     expert.save_pretrained(directory)
-    tuned = dataclasses.replace(llama, models={**llama.models, "expert": expert})
+    tuned = dataclasses.replace(trio, models={**trio.models, "expert": expert})
     answers = [tuned.greedy(tuned.ids(prompt), STEPS) for prompt in PROMPTS]
+    return answers, expert
+
+
+@pytest.fixture(scope="module")
+def lora(llama, tmp_path_factory):
+    """The llama trio with an adapter as M+."""
+    directory = tmp_path_factory.mktemp("adapter")
+    answers, expert = adapted(llama, directory)
     return str(directory), answers, expert
 
 
@@ -47,6 +54,35 @@ def specs(llama, adapter):
 def test_an_adapter(llama, lora, plan, stacked_layers):
     adapter, answers, _ = lora
     loaded = load_trio(**specs(llama, adapter), plan=plan, stacked_layers=stacked_layers)
+    assert complete(loaded) == answers
+
+
+@pytest.fixture(scope="module")
+def uneven(llama, tmp_path_factory):
+    """A trio whose M- has two layers, and what it draws with an adapter that differs by layer."""
+    swapped = {"base": "antiexpert", "antiexpert": "base"}
+    models, paths, tokenizers = (
+        dict(by_role) | {role: by_role[other] for role, other in swapped.items()}
+        for by_role in (llama.models, llama.paths, llama.tokenizers)
+    )
+    trio = dataclasses.replace(llama, models=models, paths=paths, tokenizers=tokenizers)
+    directory = tmp_path_factory.mktemp("uneven")
+    fields = {
+        "exclude_modules": r".*0\.mlp.*|.*1\.self_attn\.o_proj",
+        "rank_pattern": {"1.mlp.up_proj": 3, "0.self_attn.q_proj": 1},
+        "alpha_pattern": {"1.mlp.(up|down)_proj": 3},
+    }
+    answers, _ = adapted(trio, directory, **fields)
+    untuned = dataclasses.replace(trio, models=models | {"expert": models["antiexpert"]})
+    assert answers != [untuned.greedy(untuned.ids(prompt), STEPS) for prompt in PROMPTS]
+    return trio, str(directory), answers
+
+
+@pytest.mark.parametrize("stacked_layers", [False, True])
+def test_an_adapter_that_differs_by_layer(uneven, stacked_layers):
+    """Also where a layer's MLP has none at all."""
+    trio, adapter, answers = uneven
+    loaded = load_trio(**specs(trio, adapter), plan="shared", stacked_layers=stacked_layers)
     assert complete(loaded) == answers
 
 

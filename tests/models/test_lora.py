@@ -29,14 +29,14 @@ def numbers(rng, *shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-def adapted(rng, store, inputs, outputs):
+def adapted(rng, store, inputs, outputs, rank=RANK, scale=SCALE):
     """A weight with an adapter, both as stored and what they make in float64."""
-    weight, a = numbers(rng, *inputs, *outputs), numbers(rng, *inputs, RANK)
-    b = numbers(rng, RANK, *outputs)
+    weight, a = numbers(rng, *inputs, *outputs), numbers(rng, *inputs, rank)
+    b = numbers(rng, rank, *outputs)
     n = len(inputs)
-    stored = Adapted(store(weight, n), store(a, n), store(b, 1), SCALE)
+    stored = Adapted(store(weight, n), store(a, n), store(b, 1), scale)
     plain = np.asarray(weight, np.float64)
-    return stored, plain, plain + SCALE * np.tensordot(np.float64(a), np.float64(b), 1)
+    return stored, plain, plain + scale * np.tensordot(np.float64(a), np.float64(b), 1)
 
 
 def of_roles(roles, function, weights):
@@ -70,8 +70,8 @@ def test_product(store, spec, rows, roles):
 def test_gated(store, activation, tuned, roles):
     rng = np.random.default_rng(0)
     weights, plain, whole = {}, {}, {}
-    for name in ("gate", "up"):
-        weights[name], plain[name], whole[name] = adapted(rng, store, (D,), (F,))
+    for name, rank, scale in (("gate", RANK, SCALE), ("up", 2 * RANK - 1, 2 * SCALE)):
+        weights[name], plain[name], whole[name] = adapted(rng, store, (D,), (F,), rank, scale)
         if name not in tuned:
             weights[name], whole[name] = weights[name].weight, plain[name]
     x = numbers(rng, *[roles] * bool(roles), 2, 5, D) / 8  # activations bend near 0
