@@ -39,6 +39,7 @@ def model():
         {"lora_alpha": 2.5, "use_rslora": True, "rank_pattern": {"v_proj": 9}},
         {"rank_pattern": {r"layers\.1\.self_attn\..*": 2, "q_proj": 4, "nothing": 7}},
         {"rank_pattern": {f"^{LAYER}": 2, "model.layers.0.mlp.up_proj": 4, "_proj": 9}},
+        {"alpha_pattern": {"0.self_attn": 9, "model.layers": 3, "up_proj": 2}},
         {"alpha_pattern": {"self_attn": 3, "q_proj": 1.5, "0.self_attn.(q|v)_proj": 4}},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*1.*": 5}, "use_rslora": True},
         {"fan_in_fan_out": True, "ensure_weight_tying": True, "lora_dropout": 0.3},
