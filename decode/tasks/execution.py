@@ -15,18 +15,24 @@ import os
 import secrets
 import select
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+from proxy_jax.errors import InputError
+from proxy_jax.reading import parse_json, reading
+
 _SANDBOX = Path(__file__).with_name("sandbox.py")
 _STARTUP_SECONDS = 60.0  # for the interpreter to start on a busy machine
 _OUTPUT_BYTES = 4096
+_MESSAGE_BYTES = 1 << 16
+_SHOWN = 300  # characters of what a sandbox says that does not start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +58,13 @@ class Isolation:
       files: "landlock" or "audit hook": it writes nowhere but in its directory.
       network: "namespace", without interfaces, and with it all that a program started ends;
         "landlock", no TCP, and the hook; or "audit hook".
+      processes: "seccomp": it starts none, and connects to no UNIX socket; or "audit hook".
       memory: "rlimit", or "none" where the system has no such limit.
     """
 
     files: str
     network: str
+    processes: str
     memory: str
 
 
@@ -95,70 +103,86 @@ def run_programs(
 
 
 def isolation() -> Isolation:
-    """How programs are isolated on this machine.
+    """Says how programs are isolated on this machine.
 
     Raises:
-      RuntimeError: not even an empty program runs.
+      InputError: not even an empty program runs.
     """
-    outcome = run_program("", Limits(seconds=_STARTUP_SECONDS))
-    if outcome.isolation is None:
-        raise RuntimeError(f"the sandbox does not start: {outcome.result} {outcome.output}")
-    return outcome.isolation
+    isolated = run_program("", Limits(seconds=_STARTUP_SECONDS)).isolation
+    assert isolated is not None
+    return isolated
 
 
 def run_program(program: str, limits: Limits) -> Outcome:
-    """Runs one program, and kills whatever it leaves behind."""
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory,
-        tempfile.TemporaryFile() as output,
-    ):
-        reading, writing = os.pipe()
+    """Runs one program, and kills whatever it leaves behind.
+
+    Raises:
+      InputError: nothing can be run here, whatever the program: a full disk, no memory, an
+        interpreter that does not start.
+    """
+    with contextlib.ExitStack() as stack:
+        with reading("the directory of temporary files"):
+            directory = stack.enter_context(_own_directory())
+            output = stack.enter_context(tempfile.TemporaryFile())
+        process, pipe = _start(directory, output)
+        with process, os.fdopen(pipe, "rb", buffering=0) as messages:
+            try:
+                isolated, result = _follow(process, _Messages(messages), program, limits)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            status = process.wait()
+        if isolated is None:
+            said = " ".join(_end_of(output).split())[-_SHOWN:] or f"status {status}"
+            raise InputError(f"{sys.executable}: the sandbox does not start ({said})")
+        return Outcome(
+            result or f"failed: it ended with status {status}", _end_of(output), isolated
+        )
+
+
+def _start(directory: str, output: IO[bytes]) -> tuple[subprocess.Popen[bytes], int]:
+    """Starts the sandbox; returns it and the descriptor that its messages are read from."""
+    with reading(sys.executable):
+        receiving, sending = os.pipe()
         try:
             process = subprocess.Popen(
                 # -P and -s: neither this directory nor the user's packages on its path.
-                [sys.executable, "-P", "-s", str(_SANDBOX), str(writing)],
+                [sys.executable, "-P", "-s", str(_SANDBOX), str(sending)],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 cwd=directory,
                 env=_environment(directory),
-                pass_fds=(writing,),
+                pass_fds=(sending,),
                 start_new_session=True,
             )
         except BaseException:
-            os.close(reading)
+            os.close(receiving)
             raise
         finally:
-            os.close(writing)
-        with process, os.fdopen(reading, "rb", buffering=0) as pipe:
-            try:
-                found, result = _follow(process, pipe, program, limits)
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-            if result is None:
-                result = f"failed: it ended with status {process.wait()}"
-        return Outcome(result, _end_of(output), found)
+            os.close(sending)
+    return process, receiving
 
 
 def _follow(
-    process: subprocess.Popen[bytes], pipe: IO[bytes], program: str, limits: Limits
+    process: subprocess.Popen[bytes], messages: _Messages, program: str, limits: Limits
 ) -> tuple[Isolation | None, str | None]:
-    """Its isolation and result; None where it did not say."""
+    """Its isolation, None if it did not start, and result, None where it did not say."""
     secret = secrets.token_hex()  # so that the program cannot by accident say that it passed
     job = dataclasses.asdict(limits) | {"program": program, "secret": secret}
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError), process.stdin:
         process.stdin.write(json.dumps(job).encode())
-    messages = _Messages(pipe)
     first = messages.next(_STARTUP_SECONDS)
-    if first is None:
-        return None, (messages.timed_out and "failed: the interpreter did not start") or None
-    found = Isolation(**first)
+    if not first:
+        return None, None
+    isolated = Isolation(**first)
     last = messages.next(limits.seconds)
     if last is None:
-        return found, "timed out" if messages.timed_out else None
-    return found, last["result"] if last.get("secret") == secret else None
+        return isolated, "timed out" if messages.timed_out else None
+    if last.get("secret") != secret or not isinstance(last["result"], str):
+        return isolated, "failed: it wrote where only the sandbox writes"
+    return isolated, last["result"]
 
 
 class _Messages:
@@ -175,7 +199,10 @@ class _Messages:
         self.timed_out = False
 
     def next(self, seconds: float) -> dict[str, Any] | None:
-        """The next line; None at the end or when it takes too long."""
+        """Reads the next line; gives None at the end or when it takes too long.
+
+        What is no message, or too long for one, is an empty message: the program wrote it.
+        """
         deadline = time.monotonic() + seconds
         while b"\n" not in self._rest:
             left = deadline - time.monotonic()
@@ -185,11 +212,51 @@ class _Messages:
             if not (more := self._pipe.read(65536)):
                 return None
             self._rest += more
+            if len(self._rest) > _MESSAGE_BYTES:
+                return {}
         line, _, self._rest = self._rest.partition(b"\n")
-        try:
-            return json.loads(line)
-        except ValueError:  # the program wrote into the pipe
-            return {}
+        with contextlib.suppress(InputError):
+            message = parse_json(line, "message")
+            return message if isinstance(message, dict) else {}
+        return {}
+
+
+@contextlib.contextmanager
+def _own_directory() -> Iterator[str]:
+    """Makes an empty directory, and removes it with all that a program left in it."""
+    directory = tempfile.mkdtemp()
+    try:
+        yield directory
+    finally:
+        with contextlib.suppress(OSError):
+            _remove(directory)
+
+
+def _remove(directory: str) -> None:
+    """Removes a directory however deep it is, and whatever rights were taken from its parts.
+
+    What lies in a part moves up before that is removed, so that no path grows long.
+    """
+    names = iter(secrets.token_hex, "")
+    while os.path.exists(directory):
+        os.chmod(directory, stat.S_IRWXU)
+        with os.scandir(directory) as entries:
+            parts = list(entries)
+        for part in parts:
+            if not part.is_dir(follow_symlinks=False):
+                os.unlink(part.path)
+                continue
+            os.chmod(part.path, stat.S_IRWXU)
+            with os.scandir(part.path) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        os.chmod(entry.path, stat.S_IRWXU)
+                        os.rename(entry.path, os.path.join(directory, next(names)))
+                    else:
+                        os.unlink(entry.path)
+            os.rmdir(part.path)
+        if not parts:
+            os.rmdir(directory)
 
 
 def _environment(directory: str) -> dict[str, str]:
