@@ -29,6 +29,8 @@ from decode.evaluation.report import write_report
 from decode.evaluation.results import make_results
 from decode.evaluation.run import decode_row, open_rows, unfinished
 from decode.evaluation.wording import below_expert
+from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, reading
 
 
 def main(config: ConfigDict) -> None:
@@ -63,9 +65,11 @@ def _publish(
         return {}
     with tqdm(unit="text", desc="scoring", leave=False, delay=1) as bar:
         found = make_results(config, evaluation, waiting, bar.update)
-    text = json.dumps(found, indent=2, ensure_ascii=False)
-    manifest.replace(evaluation.directory / "results.json", text.encode() + b"\n")
-    results = json.loads(text)
+    path = evaluation.directory / "results.json"
+    with reading(path, "cannot be written"):  # NaN in the config, or a path that is not UTF-8
+        content = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode()
+    manifest.replace(path, content + b"\n")
+    results = json.loads(content)
     write_report(evaluation.directory, results, _runs(evaluation, waiting))
     return results
 
@@ -75,7 +79,9 @@ def _write_manifest(config: ConfigDict, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     content = manifest.new(config.to_dict(), {})
     old = manifest.read(directory)
-    content["runs"] = [*(old["runs"] if old else []), manifest.this_run()]
+    where = str(directory / manifest.FILE)
+    runs = Fields(where, old).array("runs", dict) if old else ()
+    content["runs"] = [*runs, manifest.this_run()]
     manifest.write(directory, content)
 
 
@@ -86,18 +92,27 @@ def _runs(evaluation: Evaluation, waiting: Collection[Path]) -> list[dict[str, A
         content = manifest.read(one.directory)
         if one.number or one.directory in waiting or content is None:
             continue
-        last = content["runs"][-1]
+        last = _last_run(content, str(one.directory / manifest.FILE))
+        versions = last.inner("versions") or Fields(f"{last.where}: versions", {})
         found.append(
             {
                 "task": one.run.task.name,
                 "row": one.row,
-                "device": last["device"],
-                "commit": last["commit"],
-                "versions": {name: last["versions"][name] for name in ("proxy_jax", "jax")},
-                "tokens_per_second": last.get("tokens_per_second"),
+                "device": last.string("device"),
+                "commit": last.string("commit", default=None),
+                "versions": {name: versions.string(name) for name in ("proxy_jax", "jax")},
+                "tokens_per_second": last.real("tokens_per_second", default=None),
             }
         )
     return found
+
+
+def _last_run(content: dict[str, Any], where: str) -> Fields:
+    """The last run of a manifest."""
+    runs = Fields(where, content).array("runs", dict)
+    if not runs:
+        raise InputError(f"{where}: runs is empty")
+    return Fields(f"{where}: runs", runs[-1])
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def reading(where: object, what: str = "cannot be read") -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """Shortens what an error says to a part of a line; its kind, if it says nothing."""
-    text = " ".join(str(error).split())
+    text = ""
+    with contextlib.suppress(Exception):  # that of foreign code may not even say what it is
+        text = " ".join(str(error).split())
     if len(text) > _LONGEST_REASON:
         text = f"{text[:_LONGEST_REASON]}..."
     return text or type(error).__name__

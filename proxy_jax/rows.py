@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from proxy_jax.errors import InputError
-from proxy_jax.reading import CheckedFields, parse_json, reading, reason
+from proxy_jax.reading import CheckedFields, parse_json, reading, reason, shown
 
 _SUFFIXES = (".jsonl", ".json", ".csv")
 _ABSENT = object()
@@ -80,7 +80,9 @@ class Row(CheckedFields):
         """
         value = self.field(*names)
         if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-            raise InputError(f"{self.where}: {names[0]} must be a list of strings, not {value!r}")
+            raise InputError(
+                f"{self.where}: {names[0]} must be a list of strings, not {shown(value)}"
+            )
         return value
 
     def part(self, *names: str) -> Row:
@@ -91,7 +93,7 @@ class Row(CheckedFields):
         """
         value = self.field(*names)
         if not isinstance(value, dict):
-            raise InputError(f"{self.where}: {names[0]} must be an object, not {value!r}")
+            raise InputError(f"{self.where}: {names[0]} must be an object, not {shown(value)}")
         return dataclasses.replace(self, fields=value)
 
 
@@ -134,6 +136,26 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         if line.strip():
             where = f"{path}:{number}"
             yield Row(where, number, _object(parse_json(line, where), where))
+
+
+def read_whole_lines(path: Path) -> Iterator[Row]:
+    """Yields the objects of a file that programs of ours write, one a line.
+
+    A last line without a line break is one that a killed program left half-written, and is none.
+
+    Raises:
+      InputError: names the file, or the line that is not a JSON object.
+    """
+    with reading(path):
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    where = f"{path}:{number}"
+                    with reading(where, "not UTF-8"):
+                        text = line.decode()
+                    yield Row(where, number, _object(parse_json(text, where), where))
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -203,7 +225,10 @@ def _open(path: Path) -> IO[str]:
 def _read_csv(path: Path) -> Iterator[Row]:
     with reading(path, "not CSV"):
         for number, fields in enumerate(csv.DictReader(read_lines(path)), 1):
-            yield Row(f"{path}: record {number}", number, dict(fields))
+            where = f"{path}: record {number}"
+            if None in fields:
+                raise InputError(f"{where}: more values than the header has columns")
+            yield Row(where, number, dict(fields))
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from proxy_jax.errors import InputError
-from proxy_jax.reading import Fields, parse_json, read_json, reading, shown
+from proxy_jax.reading import Fields, parse_json, read_json, reading, reason, shown
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,14 @@ def test_what_a_library_raises_is_one_line(error):
     assert str(caught.value).startswith("f.bin: ")
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is error
+
+
+def test_an_error_that_cannot_say_what_it_is():
+    class MuteError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    assert reason(MuteError()) == "MuteError"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])

@@ -9,7 +9,7 @@ import types
 import pytest
 
 from proxy_jax.errors import InputError
-from proxy_jax.rows import Hub, Row, read_jsonl, read_rows
+from proxy_jax.rows import Hub, Row, read_jsonl, read_rows, read_whole_lines
 
 HUB = Hub("owner/set", "part", "test")
 ROWS = [{"text": "é", "more": 'a "b"\nc'}, {"text": "b", "more": ""}]
@@ -53,6 +53,37 @@ def test_lines_are_read_as_they_are_needed(tmp_path):
     assert next(rows).fields == {"a": 1}
     with pytest.raises(InputError, match=r"rows.jsonl:2: not JSON"):
         next(rows)
+
+
+def test_a_half_written_line_is_none(tmp_path):
+    path = tmp_path / "outputs.jsonl"
+    path.write_bytes(lines(ROWS).encode() + '{"text": "é'.encode()[:-1])
+    rows = [Row(f"{path}:{number}", number, fields) for number, fields in enumerate(ROWS, 1)]
+    assert list(read_whole_lines(path)) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{}\n{"a"\n', "outputs.jsonl:2: not JSON"),
+        (b"{}\n\xff{}\n", "outputs.jsonl:2: not UTF-8"),
+        (b"{}\n\0\0\n", "outputs.jsonl:2: not JSON"),
+        (b"{}\n" + b"[" * 100_000 + b"\n", "outputs.jsonl:2: not JSON"),
+        (b"3\n", "outputs.jsonl:1: expected a JSON object, found int"),
+    ],
+)
+def test_damaged_lines(tmp_path, content, message):
+    path = tmp_path / "outputs.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        list(read_whole_lines(path))
+
+
+def test_lines_of_no_file(tmp_path):
+    with pytest.raises(InputError, match="absent: No such file"):
+        list(read_whole_lines(tmp_path / "absent"))
+    with pytest.raises(InputError, match="not a regular file"):
+        list(read_whole_lines(tmp_path))
 
 
 def test_hub(monkeypatch):
@@ -112,6 +143,7 @@ def test_hub_that_gives_nothing(monkeypatch):
         ("a.json", "", "a.json: not JSON"),
         ("a.csv", "a,b\n", "a.csv: no rows$"),
         ("a.csv", "a\n" + "x" * 200_000, r"a.csv: not CSV \(field larger than field limit"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv: record 2: more values than the header has columns$"),
         ("a.parquet", "x", "a.parquet: expected a .jsonl, .json, .csv file, or one of those .gz$"),
         ("a.jsonl", b'{"a": "\xe9"}', "a.jsonl: not UTF-8"),
         ("a.jsonl.gz", "not compressed", "a.jsonl.gz: Not a gzipped file"),

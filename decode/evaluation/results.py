@@ -6,7 +6,6 @@ Nothing in it depends on when or how often the evaluation was started.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,8 @@ from decode.evaluation.scoring import Prediction, by_example, predictions
 from decode.requests import as_schedule
 from decode.tasks import aggregate, example_values, gap_closed
 from decode.tasks.task import Metric, Task
+from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, read_json
 
 Found = Mapping[Path, Sequence[Prediction]]
 
@@ -119,10 +120,19 @@ def _row_figures(task: Task, job: Job, found: Sequence[Prediction]) -> dict[str,
     if lengths:
         figures["new_tokens"] = sum(lengths) / len(lengths)
         figures["cut"] = sum(one.finish_reason == "length" for one in found) / len(found)
-    prompt = job.directory / FIRST_PROMPT
-    figures["first_prompt"] = json.loads(prompt.read_text(encoding="utf-8"))
+    figures["first_prompt"] = _first_prompt(job)
     figures["templates"] = dict(job.templates)
     return figures
+
+
+def _first_prompt(job: Job) -> dict[str, str]:
+    """What each role read of the first example; nothing if that is lost, and no figure needs it."""
+    path = job.directory / FIRST_PROMPT
+    try:
+        prompt = Fields(str(path), read_json(path))
+        return {role: prompt.string(role) for role in job.templates}
+    except InputError:
+        return {}
 
 
 def _headline(task: Task, figures: Mapping[str, Any]) -> Metric | None:

@@ -20,7 +20,7 @@ from decode.tasks import (
     triviaqa,
     truthfulqa,
 )
-from decode.tasks.judges import Judge, apply_judge, load_judge
+from decode.tasks.judges import Judge, add_verdicts, apply_judge, ask_judge, load_judge
 from decode.tasks.statistics import Estimate, gap_closed
 from decode.tasks.task import Example, Form, Report, Scored, Task, aggregate, example_values
 from proxy_jax.errors import InputError
@@ -65,8 +65,10 @@ __all__ = [
     "Report",
     "Scored",
     "Task",
+    "add_verdicts",
     "aggregate",
     "apply_judge",
+    "ask_judge",
     "example_values",
     "gap_closed",
     "load_judge",

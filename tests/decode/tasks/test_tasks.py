@@ -273,35 +273,6 @@ def test_judged_alpaca_eval(paths):
     assert list(unjudged.metrics) == ["characters"]
 
 
-@pytest.mark.parametrize(
-    ("answers", "message"),
-    [
-        ([{"toxic": 1.0}], "answered 1 times for 2 texts"),
-        ([{"toxic": 1.0}, {}], "must answer 'toxic' with a number, not {}"),
-        ([{"toxic": 1.0}, {"toxic": 3}], "'toxic' must be from 0 to 1, not 3"),
-    ],
-)
-def test_judges_that_answer_badly(paths, answers, message):
-    task = load_task("toxigen", paths["toxigen"])
-    scored = task.score(task.examples[:2], ["a", "b"])
-    with pytest.raises(InputError, match=message):
-        apply_judge(task, lambda examples, texts: answers, task.examples[:2], scored)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("json", "expected module:function"),
-        ("no.such.module:judge", "ModuleNotFoundError"),
-        ("json:judge", "AttributeError"),
-        ("json:__name__", "str is not a function"),
-    ],
-)
-def test_judges_that_are_not_there(name, message):
-    with pytest.raises(InputError, match=f"judge '{name}': {message}|judge '{name}': .*{message}"):
-        load_judge(name)
-
-
 def test_triviaqa(paths, tmp_path):
     task = load_task("triviaqa", paths["triviaqa"])
     assert roles(task) == ["Question: Who wrote it?\nAnswer:"] * 3
