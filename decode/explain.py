@@ -14,7 +14,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,8 @@ from scipy.special import betainc
 from decode.tasks.statistics import Estimate, estimate, wilson
 from decode.trace import Trace
 from proxy_jax.errors import InputError
+from proxy_jax.reading import reading, shown
+from proxy_jax.rows import read_whole_lines
 
 Parse = Literal["published", "strict"]
 
@@ -93,17 +94,61 @@ class Words:
 
 
 def read_records(path: Path, words: Words) -> Iterator[Record]:
-    """The completions of an outputs.jsonl, in its order.
+    """Reads the completions of an outputs.jsonl, in its order.
 
     Raises:
-      InputError: a row without a trace.
+      InputError: a line that is not one of decode.generate's with a trace.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            row = json.loads(line)
-            if "trace" not in row:
-                raise InputError(f"{path}:{number}: nothing recorded; decode with trace=True")
-            yield words.record(row["prompt"], row["token_ids"], Trace.from_dict(row["trace"]))
+    names = None
+    for row in read_whole_lines(path):
+        if row.fields.get("trace") is None:
+            raise InputError(f"{row.where}: nothing recorded; decode with trace=True")
+        prompt, ids = row.string("prompt"), row.array("token_ids", int)
+        with reading(row.where, "trace is not one of decode.generate's"):
+            trace = Trace.from_dict(row.part("trace").fields)
+            _check(trace, len(ids))
+        if names not in (None, trace.names):
+            raise InputError(
+                f"{row.where}: trace is of {', '.join(trace.names)}, and the rows before it "
+                f"are of {', '.join(names)}"
+            )
+        names = trace.names
+        with reading(row.where, "token_ids are not of this tokenizer"):
+            for i in set(ids):
+                if words.tokenizer.convert_ids_to_tokens(i) is None:
+                    raise ValueError(f"{shown(i)} is no token")
+            record = words.record(prompt, ids, trace)
+        yield record
+
+
+def _check(trace: Trace, steps: int) -> None:
+    """Checks the figures of a completion.
+
+    Raises:
+      ValueError: they are of other steps, or no figures.
+    """
+    if not {"proxy", "base"} <= set(trace.names):
+        raise ValueError("it needs proxy and base")
+    each = steps, len(trace.names)
+    finite = {"entropies": (trace.entropies, each), "kl": (trace.kl, (steps,))}
+    if trace.overlap is not None:
+        finite["overlap"] = trace.overlap, (steps,)
+    figures = {
+        "log_probs": (trace.log_probs, each),
+        "ranks": (trace.ranks, each),
+        "top_ids": (trace.top_ids[..., 0], each),
+        "top_log_probs": (trace.top_log_probs, trace.top_ids.shape),
+    }
+    for name, (array, shape) in {**finite, **figures}.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} of shape {array.shape}, not {shape}")
+    for name, (array, _) in finite.items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite")
+    if (trace.log_probs > 0).any() or (trace.top_log_probs > 0).any():
+        raise ValueError("a probability is above 1")
+    if (trace.ranks < 0).any() or (trace.top_ids < 0).any():
+        raise ValueError("ranks and top_ids must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -124,7 +124,7 @@ def explain(path: Path, tokenizer: Any) -> None:
     """Writes explanation.json and tokens.html beside recorded outputs."""
     words = Words(tokenizer)
     records = list(read_records(path, words))
-    summary = json.dumps(summarise(records), indent=2, ensure_ascii=False) + "\n"
+    summary = json.dumps(summarise(records), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     page = render(records[:_PAGE_ROWS], words, f"What the tuning changed: {path.parent.name}")
     manifest.replace(path.parent / "explanation.json", summary.encode())
     manifest.replace(path.parent / "tokens.html", page.encode())
