@@ -37,15 +37,23 @@ def decoding() -> ConfigDict:
     config.system_prompt = ""
     config.response_prefix = ""  # how the answer begins, in every role's context
 
-    # Decoding. temperature 0 is greedy.
+    # Decoding. temperature 0 is greedy; top_k 0 or -1, top_p 1 and min_p 0 are no truncation.
     config.sampling = ConfigDict({"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0})
     config.max_new_tokens = 256
+    # No end of text before: neither EOS, nor a stop string that begins in the text of these tokens.
     config.min_new_tokens = 0
     config.samples = 1
-    config.seed = 0
+    config.seed = 0  # from 0 to 2^32 - 1
     config.stop = ()  # strings that end a text
-    config.banned = ()  # strings that may not be generated
-    config.banned_first = ()  # strings that may not come first
+    # Strings that no text contains, in whatever tokens they are spelled; nor may the text complete
+    # one that the prompt begins. And strings that no text begins with.
+    config.banned = ()
+    config.banned_first = ()
+    # As the published code bans: only the tokens that the tokenizer makes of the string alone may
+    # not be generated in sequence, and only the first of them not come first. Other spellings of
+    # the same string (after a space, across words) are let through.
+    config.banned_tokens = ()
+    config.banned_first_tokens = ()
     config.repetition_penalty = 1.0
     config.eos_ids = ()  # by default those of the models
 

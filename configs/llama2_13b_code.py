@@ -16,5 +16,5 @@ def get_config():
     config.samples = 20
     config.max_new_tokens = 512
     config.stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-    config.banned = ("pass", "...")
+    config.banned_tokens = ("pass", "...")
     return config

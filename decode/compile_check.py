@@ -114,7 +114,10 @@ class Check:
         passes = trio.passes(plan)
         self.params = tuple(_weights(trio, one, place) for one in passes)
         loaded = LoadedTrio(trio, passes, self.params, place, stacked_layers=True)
-        options = dataclasses.replace(options, eos_ids=(0,), stop=(), banned=(), banned_first=())
+        options = dataclasses.replace(
+            options, eos_ids=(0,), stop=(), banned=(), banned_first=(), banned_tokens=(),
+            banned_first_tokens=(),
+        )  # fmt: skip
         self.generator = Generator(loaded, options)
         self.program = self.generator.program
         self.options = options

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from decode.processors import Processors, process
+from decode.processors import Processors, advance, process
 from decode.sampling import Sampling, Truncation, draw, keep, row_keys
 from decode.state import DecodeState, Rows
 from decode.trace import Trace, distributions, measure
@@ -176,7 +176,9 @@ def step(
     logits, caches = _all_logits(program, params, state)
     with jax.named_scope("combine"):
         combined = _combined(logits, rows, settings)
-        allowed = process(combined, settings.processors, rows.recent, rows.seen, rows.generated)
+        allowed = process(
+            combined, settings.processors, rows.ban_states, rows.recent, rows.seen, rows.generated
+        )
         failures = [~jnp.all(jnp.isfinite(s), axis=-1) for s in logits.values()]
         failures.append(~jnp.isfinite(jnp.max(allowed, axis=-1)))
     with jax.named_scope("draw"):
@@ -191,7 +193,7 @@ def step(
             trace = _split_rows(program, trace)
 
     broken = jnp.stack(failures, axis=-1)
-    state, new = _append(program, state, caches, token, broken, settings.processors.eos)
+    state, new = _append(program, state, caches, token, broken, settings.processors)
     return state, (new, trace)
 
 
@@ -293,12 +295,14 @@ def _append(
     caches: tuple[KVCache, ...],
     token: jax.Array,
     broken: jax.Array,
-    eos: jax.Array,
+    processors: Processors,
 ) -> tuple[DecodeState, jax.Array]:
     """Appends the drawn tokens to every role's context, and ends the rows that are done."""
     rows, active = state.rows, state.rows.active
     generated = rows.generated + active
-    ended = jnp.any(token[:, None] == eos[None], axis=-1) | (generated >= rows.limit)
+    ended = jnp.any(token[:, None] == processors.eos[None], axis=-1)
+    ended = ended | (generated >= rows.limit)
+    ban_states = advance(processors, rows.ban_states, token)
     recent = jnp.concatenate([rows.recent, token[:, None]], axis=1)[:, 1:]
     seen = rows.seen
     if seen is not None:
@@ -308,6 +312,7 @@ def _append(
         active=active & ~ended,
         last=jnp.where(active[:, None], token[:, None], rows.last),
         generated=generated,
+        ban_states=jnp.where(active[:, None], ban_states, rows.ban_states),
         recent=jnp.where(active[:, None], recent, rows.recent),
         seen=seen,
         broken=rows.broken | (broken & active[:, None]),

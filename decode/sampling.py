@@ -1,17 +1,27 @@
 """From logits to a token: temperature, truncation, and the draw.
 
 Letters: B batch rows, V vocabulary. A setting that is None is left out of the compiled program;
-the others are traced, so that a new value does not recompile.
+the others are traced, so that a new value does not recompile. `checked` is the one place that says
+which values there may be and which of them change nothing; whoever takes a Sampling or a Truncation
+from a user calls it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, shown
 
 Scalar = jax.Array | float | None
+INT32 = 2**31 - 1  # the largest one
+# Logits are divided by temperatures and repetition penalties, and stay within float32 so.
+SMALLEST_DIVISOR, LARGEST_DIVISOR = 1e-30, 1e30
 
 
 @jax.tree_util.register_dataclass
@@ -29,6 +39,27 @@ class Truncation:
     top_p: Scalar = None
     min_p: Scalar = None
 
+    def checked(self, where: str) -> Truncation:
+        """Checks the values, and leaves out those that change nothing.
+
+        They are the conventions of vLLM and of transformers: top_k of 0 or -1, top_p of 1 and
+        min_p of 0 are no truncation. A top_p of 0, on which the two differ, is refused.
+
+        Args:
+          where: what errors call it, "sampling".
+
+        Raises:
+          InputError: a value that is no number, or out of range.
+        """
+        fields = _fields(self, where)
+        top_k = fields.integer("top_k", -1, INT32, default=None)
+        top_p = fields.real("top_p", 0, 1, above=0, default=None)
+        return Truncation(
+            top_k=None if top_k in (0, -1) else top_k,
+            top_p=None if top_p == 1 else top_p,
+            min_p=fields.real("min_p", 0, 1, default=None) or None,
+        )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +68,32 @@ class Sampling:
 
     temperature: Scalar = None
     truncation: Truncation = Truncation()
+
+    def checked(self) -> Sampling:
+        """Checks the values, and leaves out those that change nothing; temperature 0 is greedy.
+
+        Raises:
+          InputError: a value that is no number, or out of range.
+        """
+        temperature = _fields(self, "sampling").real("temperature", 0, default=None) or None
+        if temperature and not SMALLEST_DIVISOR <= temperature <= LARGEST_DIVISOR:
+            raise InputError(
+                f"sampling: temperature must be 0 or between {SMALLEST_DIVISOR:g} and "
+                f"{LARGEST_DIVISOR:g}, not {temperature:g}"
+            )
+        if not isinstance(self.truncation, Truncation):
+            raise InputError(f"sampling: not a Truncation: {shown(self.truncation)}")
+        return Sampling(temperature, self.truncation.checked("sampling"))
+
+
+def as_python(value: Any) -> Any:
+    """Converts numbers and arrays of numpy and JAX to Python's numbers and lists."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray | jax.Array) else value
+
+
+def _fields(values: Sampling | Truncation, where: str) -> Fields:
+    names = (field.name for field in dataclasses.fields(values))
+    return Fields(where, {name: as_python(getattr(values, name)) for name in names})
 
 
 def keep(logits: jax.Array, truncation: Truncation) -> jax.Array:

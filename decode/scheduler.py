@@ -18,19 +18,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode import engine
+from decode.bans import string_bans
 from decode.layouts import bind
 from decode.processors import make_processors
-from decode.requests import Completion, FinishReason, Options, Request, Schedule, as_schedule
+from decode.requests import (
+    Completion,
+    FinishReason,
+    Options,
+    Request,
+    Schedule,
+    as_schedule,
+    check_unicode,
+)
 from decode.state import DecodeState, Rows
 from decode.text import Detokenizer
 from decode.trace import Trace, joined, of_slot
 from proxy_jax.errors import InputError
+from proxy_jax.reading import shown
 from proxy_jax.sharding import Placement
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Trio
 
 _SHORTEST_BUCKET = 8
 _COPIED_ROWS = 8  # at once; a copy holds so many rows of a cache a second time
+_MOST_REQUESTS = 2**22  # of a job: each is an object on the host
 _CACHE_GRAIN = 128  # cache lengths are multiples of it, so that few programs are compiled
 
 
@@ -39,6 +50,7 @@ class Generator:
 
     Attributes:
       new_tokens: drawn so far, those of unfinished rows included.
+      bans: of the strings that no text may contain, or begin with.
 
     Args:
       loaded: the trio's weights.
@@ -56,13 +68,18 @@ class Generator:
         self._bound_to: tuple[tuple[int, ...], int] | None = None
         loaded.place.check_divides("batch", options.batch_size, "batch_size")
         trio = loaded.trio
+        _check_ids(trio, options)
+        self.bans = string_bans(
+            trio.tokenizer, trio.vocabulary.size, options.banned, options.banned_first
+        )
         self.eos = tuple(trio.eos_ids() if options.eos_ids is None else options.eos_ids)
         self.settings = engine.Settings(
             sampling=options.sampling,
             processors=make_processors(
                 self.eos,
-                [_ids(trio, text) for text in options.banned],
-                [_ids(trio, text)[0] for text in options.banned_first],
+                [jax.device_put(ban.table(), loaded.place.sharding(())) for ban in self.bans],
+                [_ids(trio, text) for text in options.banned_tokens],
+                [_ids(trio, text)[0] for text in options.banned_first_tokens],
                 options.min_new_tokens,
                 options.repetition_penalty,
             ),
@@ -162,7 +179,8 @@ class Generator:
 
     def _finished(self, slot: _Slot, *, active: bool) -> Completion | None:
         ids = slot.ids
-        stop = slot.detokenizer.find_stop(ids, self.options.stop)
+        options = self.options
+        stop = slot.detokenizer.find_stop(ids, options.stop, options.min_new_tokens)
         reason: FinishReason
         if stop is not None:
             count, text = stop
@@ -179,7 +197,7 @@ class Generator:
             token_ids=tuple(ids),
             finish_reason=reason,
             prompt_tokens={role: len(prompt) for role, prompt in prompts.items()},
-            trace=joined(slot.traces, len(ids)) if self.options.trace else None,
+            trace=joined(slot.traces, len(ids)) if options.trace else None,
         )
 
     def new_state(self, contexts: Mapping[str, int], pieces: int = 1) -> DecodeState:
@@ -298,6 +316,7 @@ class Generator:
             "limit": np.zeros(count, np.int32),
             "alpha_starts": np.full((count, pieces), np.iinfo(np.int32).max, np.int32),
             "alpha_values": np.zeros((count, pieces), np.float32),
+            "ban_states": np.zeros((count, len(self.bans)), np.int32),
             "recent": np.full((count, look_back), -2, np.int32),
             "seen": np.zeros((count, vocabulary), bool) if penalty else None,
             "broken": np.zeros((count, len(roles) + 1), bool),
@@ -313,6 +332,7 @@ class Generator:
             for piece, (start, value) in enumerate(request.alpha):
                 rows["alpha_starts"][i, piece] = start
                 rows["alpha_values"][i, piece] = value
+            rows["ban_states"][i] = [ban.start(base) for ban in self.bans]
             tail = base[-look_back:] if look_back else []
             rows["recent"][i, look_back - len(tail) :] = tail
             if penalty:
@@ -348,13 +368,28 @@ def make_requests(
 
     Raises:
       InputError: names the prompt and role that is empty or too long, or the stop string or ban
-        that cannot take effect.
+        that cannot take effect; or more requests than a job may have.
     """
     _check_ids(trio, options)
+    _check_strings(trio, options)
+    string_bans(trio.tokenizer, trio.vocabulary.size, options.banned, options.banned_first)
+    if isinstance(prompts, str | Prompt):
+        raise InputError("prompts must be a list of prompts, not one alone")
+    if alpha is not None and len(alpha) != len(prompts):
+        raise InputError(f"{len(alpha)} alphas for {len(prompts)} prompts")
+    if len(prompts) * options.samples > _MOST_REQUESTS:
+        raise InputError(
+            f"{options.samples} samples of {len(prompts)} prompts are more than the "
+            f"{_MOST_REQUESTS} completions that a job may have"
+        )
     requests = []
     for index, prompt in enumerate(prompts):
         name = names[index] if names else f"prompt {index}"
         prompt = Prompt(prompt) if isinstance(prompt, str) else prompt
+        if not isinstance(prompt, Prompt):
+            raise InputError(f"{name}: must be a string or a Prompt, not {shown(prompt)}")
+        for text in (prompt.text, prompt.system, prompt.response_prefix):
+            check_unicode(text, name)
         if not prompt.text.strip():
             raise InputError(f"{name}: empty prompt")
         if prompt.system and not any(m.template.has_system for m in trio.members.values()):
@@ -413,11 +448,15 @@ def bucket(length: int) -> int:
 
 
 def _check_ids(trio: Trio, options: Options) -> None:
-    """Refuses strings and ids that can never take effect."""
+    """Refuses ids that M does not have."""
     for i in options.eos_ids or ():
         if not 0 <= i < trio.vocabulary.size:
             raise InputError(f"eos_ids: {i} is not one of the {trio.vocabulary.size} ids of M")
-    for text in (*options.banned, *options.banned_first):
+
+
+def _check_strings(trio: Trio, options: Options) -> None:
+    """Refuses strings that can never take effect."""
+    for text in (*options.banned_tokens, *options.banned_first_tokens):
         _ids(trio, text)
     for text in options.stop:
         if trio.tokenizer.decode(_ids(trio, text), skip_special_tokens=True) == "":

@@ -1,7 +1,7 @@
 """What the compiled loop carries from step to step.
 
 Letters: B slots (rows of the batch), R roles present, P pieces of an alpha schedule, W look-back
-of banned sequences, V vocabulary.
+of banned sequences, A automata of banned strings, V vocabulary.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Rows:
       generated: [B] int32, new tokens so far.
       limit: [B] int32, most new tokens.
       alpha_starts, alpha_values: [B, P], the coefficient is that of the last start <= generated.
+      ban_states: [B, A] int32, state of each automaton (decode.bans) after M's context.
       recent: [B, W] int32, the last tokens of M's context.
       seen: [B, V] bool, tokens of M's context; None without a repetition penalty.
       broken: [B, R + 1] bool, whether a model's logits were ever not finite; last, whether ever
@@ -41,6 +42,7 @@ class Rows:
     limit: jax.Array
     alpha_starts: jax.Array
     alpha_values: jax.Array
+    ban_states: jax.Array
     recent: jax.Array
     seen: jax.Array | None
     broken: jax.Array

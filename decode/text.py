@@ -33,23 +33,34 @@ class Detokenizer:
         """The text that ids add to the prompt."""
         return self._decode([*self.prompt, *ids])[len(self._prefix) :]
 
-    def find_stop(self, ids: Sequence[int], stop: Sequence[str]) -> tuple[int, str] | None:
-        """The fewest tokens whose text contains a stop string, and the text before it.
+    def find_stop(
+        self, ids: Sequence[int], stop: Sequence[str], least: int = 0
+    ) -> tuple[int, str] | None:
+        """Finds the fewest tokens whose text contains a stop string, and the text before it.
 
         A stop string may begin and end inside tokens. Independent of how many tokens come at once.
+
+        Args:
+          ids: new tokens.
+          stop: the strings.
+          least: a string that begins in the text of so many tokens does not count.
         """
+        if not stop or len(ids) <= least:
+            return None
+        # A character that these tokens only begin is not yet of their text.
+        start = len(self.text(ids[:least]).rstrip(_BROKEN)) if least else 0
 
         def found(count: int) -> bool:
-            return _first(self.text(ids[:count]), stop) is not None
+            return _first(self.text(ids[:count]), stop, start) is not None
 
-        if not stop or not found(len(ids)):
+        if not found(len(ids)):
             return None
         # Found once, a stop string stays, but for the tokens of a character that is not yet whole.
         count = bisect.bisect_left(range(1, len(ids)), True, key=found) + 1
         while earlier := [c for c in range(max(1, count - _BYTES), count) if found(c)]:
             count = earlier[0]
         text = self.text(ids[:count])
-        return count, text[: _first(text, stop)]
+        return count, text[: _first(text, stop, start)]
 
     def _decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(
@@ -57,6 +68,6 @@ class Detokenizer:
         )
 
 
-def _first(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
-    return min((at for at in map(text.find, stop) if at >= 0), default=None)
+def _first(text: str, stop: Sequence[str], start: int) -> int | None:
+    """Where the first stop string begins, at `start` or after it."""
+    return min((at for each in stop if (at := text.find(each, start)) >= 0), default=None)

@@ -15,7 +15,8 @@ _SAMPLED = Decoding(
     temperature=0.8,
     top_p=0.95,
     samples=20,
-    banned=("pass", "..."),  # bodies that do nothing
+    # Bodies that do nothing; only this spelling, as in the published runs.
+    banned_tokens=("pass", "..."),
 )
 
 
@@ -25,7 +26,7 @@ def make_task(
     examples: Sequence[Example],
     score: Callable[[Sequence[Example], Sequence[str]], list[Scored]],
     stop: tuple[str, ...],
-    banned_first: tuple[str, ...] = (),
+    banned_first_tokens: tuple[str, ...] = (),
 ) -> Task:
     """A task whose completions are sampled and run; see Task and Decoding for the arguments."""
     return Task(
@@ -33,7 +34,7 @@ def make_task(
         form=form,
         examples=tuple(examples),
         templates=NO_CHAT,
-        decoding=dataclasses.replace(_SAMPLED, stop=stop, banned_first=banned_first),
+        decoding=dataclasses.replace(_SAMPLED, stop=stop, banned_first_tokens=banned_first_tokens),
         metrics=tuple(Metric(f"pass@{k}") for k in _KS),
         score=score,
         combine=_pass_at_ks,

@@ -57,7 +57,7 @@ def load(location: str = "", form: Form = "published") -> Task:
         examples,
         score,
         stop=("\n</code>", "\n# SOLUTION END", "\nEND SOLUTION"),
-        banned_first=("</",),
+        banned_first_tokens=("</",),
     )
 
 

@@ -66,8 +66,8 @@ class Decoding:
     top_p: float | None = None
     samples: int = 1
     stop: tuple[str, ...] = ()
-    banned: tuple[str, ...] = ()
-    banned_first: tuple[str, ...] = ()
+    banned_tokens: tuple[str, ...] = ()
+    banned_first_tokens: tuple[str, ...] = ()
 
     def options(self, run: Options) -> Options:
         """The options of a run (batch size, alpha, seed, ...) with the settings of the task."""
@@ -77,8 +77,8 @@ class Decoding:
             sampling=Sampling(self.temperature, Truncation(top_p=self.top_p)),
             samples=self.samples,
             stop=self.stop,
-            banned=self.banned,
-            banned_first=self.banned_first,
+            banned_tokens=self.banned_tokens,
+            banned_first_tokens=self.banned_first_tokens,
         )
 
 

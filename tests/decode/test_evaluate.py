@@ -406,7 +406,7 @@ def test_a_task_that_samples(llama, tmp_path):
     for row in ("expert", "proxy"):
         alone = jobs.config_of(
             llama, tmp_path, method=row, max_new_tokens=12, samples=3, batch_size=2, seed=5,
-            sampling__temperature=0.8, sampling__top_p=0.95, banned=("pass", "..."),
+            sampling__temperature=0.8, sampling__top_p=0.95, banned_tokens=("pass", "..."),
             stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint"), antiexpert__path="",
             base__path=str(llama.paths["expert"]), expert__template="raw",
             output_dir=str(tmp_path / row),

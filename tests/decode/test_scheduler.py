@@ -142,6 +142,22 @@ def test_prompts_longer_than_a_cache_grain(llama, loaded):
     assert complete(loaded, prompts, max_new_tokens=3) == answers
 
 
+def test_prompts_that_are_refused(loaded):
+    refused: list[tuple[Any, Any, dict[str, Any], str]] = [
+        ("The capital", None, {}, "prompts must be a list of prompts, not one alone"),
+        (["A", 5], None, {}, "prompt 1: must be a string or a Prompt, not 5"),
+        (["A", "\ud800"], None, {}, "prompt 1: not valid Unicode"),
+        (["A", "B"], [1.0], {}, "1 alphas for 2 prompts"),
+        (["A"] * 5, None, {"samples": 2**20}, "1048576 samples of 5 prompts are more than"),
+        (["A"], None, {"eos_ids": (320,)}, "eos_ids: 320 is not one of the 320 ids of M"),
+    ]
+    for prompts, alpha, fields, message in refused:
+        with pytest.raises(InputError, match=message):
+            make_requests(loaded.trio, options(**fields), prompts, alpha)
+    with pytest.raises(InputError, match="eos_ids: 320"):
+        Generator(loaded, options(eos_ids=(320,)))
+
+
 def test_no_prompts(loaded):
     assert complete(loaded, []) == []
 

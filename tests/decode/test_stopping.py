@@ -81,7 +81,7 @@ def test_min_new_tokens(llama, loaded, expected, eos_ids):
     assert complete(loaded, eos_ids=eos_ids, min_new_tokens=5) == answers
 
 
-def test_bans(llama, loaded, expected):
+def test_banned_tokens(llama, loaded, expected):
     """A ban of one token, of two, of two of which one ends a prompt, and of a first token."""
     tokenizer = llama.tokenizers["base"]
     single, pair, first = expected[1][1:2], expected[0][3:5], expected[5][:1]
@@ -99,7 +99,7 @@ def test_bans(llama, loaded, expected):
     for row, at in ((1, 1), (0, 4), (2, 0), (5, 0)):
         assert answers[row][:at] == expected[row][:at]
         assert answers[row][at] != expected[row][at]
-    fields = {"banned": tuple(texts), "banned_first": (tokenizer.decode(first),)}
+    fields = {"banned_tokens": tuple(texts), "banned_first_tokens": (tokenizer.decode(first),)}
     assert complete(loaded, **fields) == answers
 
 
@@ -150,6 +150,29 @@ def test_stop_strings(llama, loaded, expected, stops, chunk_steps):
         assert (completion.finish_reason == "stop") == found, row
 
 
+@pytest.mark.parametrize("least", [3, 9])
+def test_stop_strings_after_min_new_tokens(llama, loaded, expected, stops, least):
+    """One that begins in the text of the first tokens is passed over; a later one ends the text."""
+    decode = llama.tokenizers["base"].decode
+    stops = (*stops, decode(expected[6][2:3]), decode(expected[6][8:10])[:3])
+    fields = {"stop": stops, "eos_ids": (), "min_new_tokens": least}
+    completions = Generator(loaded, options(**fields)).generate(PROMPTS)
+    ended = []
+    for row, (completion, tokens) in enumerate(zip(completions, expected, strict=True)):
+        start = len(decode(tokens[:least], skip_special_tokens=True))
+        for count in range(1, len(tokens) + 1):
+            text = decode(tokens[:count], skip_special_tokens=True)
+            found = [at for stop in stops if (at := text.find(stop, start)) >= 0]
+            if found:
+                tokens, text = tokens[:count], text[: min(found)]
+                ended.append(row)
+                break
+        assert list(completion.token_ids) == tokens, row
+        assert completion.text == text, row
+        assert len(completion.token_ids) >= least
+    assert ended == {3: [3, 5, 6], 9: [5]}[least]
+
+
 def test_text_of_parts_of_characters():
     """Three tokens make one character; a prompt ends before it."""
     tokenizer = make_tokenizer()
@@ -162,6 +185,9 @@ def test_text_of_parts_of_characters():
     assert detokenizer.find_stop([*euro, *end], ["b", "!"]) == (4, "€")
     assert detokenizer.find_stop(euro, ["b"]) is None
     assert detokenizer.find_stop(euro, ["a", "ü"]) is None, "in the prompt only"
+    for least, count in ((0, 3), (2, 3), (3, None), (4, None)):  # it is whole with its last token
+        found = detokenizer.find_stop([*euro, *end], ["€"], least)
+        assert found == (None if count is None else (count, "")), least
 
 
 def test_strings_without_effect_are_refused(loaded):
@@ -177,7 +203,7 @@ def test_nothing_left_to_draw(llama, loaded):
     """M keeps one token at each step, and it is banned at the first."""
     first = Generator(loaded, options(alpha=0.0)).generate(PROMPTS[:1])[0].token_ids[0]
     word = llama.tokenizers["base"].decode([first])
-    fields = {"base_filter": Truncation(top_k=1), "banned_first": (word,)}
+    fields = {"base_filter": Truncation(top_k=1), "banned_first_tokens": (word,)}
     with pytest.raises(InputError, match="row 0: bans and base_filter exclude every token"):
         Generator(loaded, options(**fields)).generate(PROMPTS[:1])
 

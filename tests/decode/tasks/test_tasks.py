@@ -301,7 +301,7 @@ def test_code_is_sampled_as_in_the_config(paths):
     ds1000 = load_task("ds1000", paths["ds1000"]).decoding
     stop = ("\n</code>", "\n# SOLUTION END", "\nEND SOLUTION")
     assert ds1000.options(job.options(config)) == dataclasses.replace(
-        options, stop=stop, banned_first=("</",)
+        options, stop=stop, banned_first_tokens=("</",)
     )
 
 
