@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from decode.requests import Options, Request, as_schedule
-from decode.sampling import Sampling, Truncation
+from decode.sampling import INT32, Sampling, Truncation
 from decode.scheduler import longest_contexts, make_requests
 from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, reading
 from proxy_jax.rows import Row, local_path, read_jsonl
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from proxy_jax.tokenization import Prompt
@@ -44,65 +47,62 @@ def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:
     """The models that the config's method runs; one alone plays the base.
 
     Raises:
-      InputError: an unknown method, or one whose model has no path.
+      InputError: a field that is missing or of another type, an unknown method, or one whose model
+        has no path.
     """
-    specs: dict[Role, ModelSpec] = {
-        role: ModelSpec(
-            os.path.expandvars(config[role].path),
-            config[role].dtype,
-            config[role].template,
-            os.path.expandvars(config[role].adapter),
-            config[role].quantize,
+    specs: dict[Role, ModelSpec] = {}
+    for role in ROLES:
+        fields = _section(config, role)
+        path = fields.string("path")
+        spec = ModelSpec(
+            os.path.expandvars(path),
+            fields.string("dtype"),
+            fields.string("template"),
+            os.path.expandvars(fields.string("adapter")),
+            fields.string("quantize"),
         )
-        for role in ROLES
-        if config[role].path
-    }
-    if config.method == "proxy":
+        if path:
+            specs[role] = spec
+    method = _fields(config).string("method")
+    if method == "proxy":
         if "base" not in specs:
             raise InputError("base.path is empty: which model is M?")
         return specs
-    if config.method not in ROLES:
-        raise InputError(f"method {config.method!r} is unknown; use proxy, {', '.join(ROLES)}")
-    if config.method not in specs:
-        raise InputError(f"method is {config.method!r}, but {config.method}.path is empty")
-    return {"base": specs[config.method]}
+    if method not in ROLES:
+        raise InputError(f"method {method!r} is unknown; use proxy, {', '.join(ROLES)}")
+    if method not in specs:
+        raise InputError(f"method is {method!r}, but {method}.path is empty")
+    return {"base": specs[method]}
 
 
 def plan(config: ConfigDict) -> Plan:
     """The config's plan; one model alone has none."""
-    return config.plan if config.method == "proxy" else "separate"
+    fields = _fields(config)
+    return fields.string("plan") if fields.string("method") == "proxy" else "separate"
 
 
 def options(config: ConfigDict) -> Options:
     """How the config says to decode.
 
     Raises:
-      InputError: a value out of range.
+      InputError: a field that is missing, of another type, or out of range.
     """
-    sampling, base = config.sampling, config.base_filter
-    _check_range("sampling.temperature", sampling.temperature, 0.0, float("inf"))
-    _check_range("sampling.top_k", sampling.top_k, 0, float("inf"))
-    for name, part in (("sampling", sampling), ("base_filter", base)):
-        _check_range(f"{name}.top_p", part.top_p, 0.0, 1.0)
-        _check_range(f"{name}.min_p", part.min_p, 0.0, 1.0)
-    filtered = base.top_p < 1.0 or base.min_p > 0.0
+    fields = _fields(config)
+    sampling, base = _section(config, "sampling"), _section(config, "base_filter")
+    given = {
+        field.name: _present(fields, field.name)
+        for field in dataclasses.fields(Options)
+        if field.name not in ("alpha", "sampling", "base_filter", "eos_ids")
+    }
     return Options(
-        batch_size=config.batch_size,
-        max_new_tokens=config.max_new_tokens,
-        alpha=as_schedule(config.alpha_schedule or config.alpha),
-        beta=config.beta,
-        sampling=Sampling(sampling.temperature or None, _truncation(sampling)),
-        samples=config.samples,
-        seed=config.seed,
-        base_filter=_truncation(base) if filtered else None,
-        stop=tuple(config.stop),
-        banned=tuple(config.banned),
-        banned_first=tuple(config.banned_first),
-        min_new_tokens=config.min_new_tokens,
-        repetition_penalty=config.repetition_penalty,
-        eos_ids=tuple(config.eos_ids) or None,
-        chunk_steps=config.chunk_steps,
-        trace=config.trace,
+        **given,
+        alpha=as_schedule(_present(fields, "alpha_schedule") or _present(fields, "alpha")),
+        sampling=Sampling(
+            _present(sampling, "temperature"),
+            Truncation(*(_present(sampling, name) for name in ("top_k", "top_p", "min_p"))),
+        ),
+        base_filter=Truncation(top_p=_present(base, "top_p"), min_p=_present(base, "min_p")),
+        eos_ids=_present(fields, "eos_ids") or None,
     )
 
 
@@ -116,13 +116,13 @@ def placement(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     Raises:
       InputError: a mesh that does not fit the devices, or an unknown logical axis.
     """
+    replicate, mesh = _fields(config).array("replicate", str), _section(config, "mesh")
     known = {field.name for field in dataclasses.fields(ShardingRules)}
-    if unknown := set(config.replicate) - known:
-        raise InputError(
-            f"replicate: {sorted(unknown)[0]!r} is not one of {', '.join(sorted(known))}"
-        )
-    rules = ShardingRules(**dict.fromkeys(config.replicate))
-    return Placement(make_mesh(config.mesh.to_dict(), devices), rules)
+    if unknown := set(replicate) - known:
+        raise InputError(f"replicate: {min(unknown)!r} is not one of {', '.join(sorted(known))}")
+    rules = ShardingRules(**dict.fromkeys(replicate))
+    shape = {str(axis): mesh.integer(str(axis), -1, INT32) for axis in mesh.fields}
+    return Placement(make_mesh(shape, devices), rules)
 
 
 def resolved(config: ConfigDict) -> dict[str, Any]:
@@ -135,9 +135,10 @@ def resolved(config: ConfigDict) -> dict[str, Any]:
 def stacked_layers(config: ConfigDict) -> bool | None:
     """Whether layers are scanned; None leaves it to the backend."""
     known = {"auto": None, "scanned": True, "unrolled": False}
-    if config.layers not in known:
-        raise InputError(f"layers {config.layers!r} is unknown; use {', '.join(known)}")
-    return known[config.layers]
+    layers = _fields(config).string("layers")
+    if layers not in known:
+        raise InputError(f"layers {layers!r} is unknown; use {', '.join(known)}")
+    return known[layers]
 
 
 def read_prompts(config: ConfigDict) -> list[PromptRow]:
@@ -146,14 +147,13 @@ def read_prompts(config: ConfigDict) -> list[PromptRow]:
     Raises:
       InputError: names the line that is malformed, lacks a field, or is empty.
     """
-    prompts = config.prompts
-    if not prompts.path:
+    fields, prompts = _fields(config), _section(config, "prompts")
+    location, limit = prompts.string("path"), prompts.integer("limit", 0)
+    if not location:
         raise InputError("prompts.path is empty: which JSONL file holds the prompts?")
-    if prompts.limit < 0:
-        raise InputError(f"prompts.limit must be at least 0, not {prompts.limit}")
-    path = local_path(prompts.path)
-    first = itertools.islice(read_jsonl(path), prompts.limit or None)
-    rows = [_prompt_row(config, row) for row in first]
+    path = local_path(location)
+    first = itertools.islice(read_jsonl(path), min(limit, sys.maxsize) or None)
+    rows = [_prompt_row(fields, prompts, row) for row in first]
     if not rows:
         raise InputError(f"{path}: no prompts")
     return rows
@@ -194,36 +194,48 @@ def inputs(trio: Trio, rows: Sequence[PromptRow], requests: Sequence[Request]) -
     }
 
 
-def _prompt_row(config: ConfigDict, row: Row) -> PromptRow:
-    prompts = config.prompts
-    if prompts.template:
-        try:
-            text = prompts.template.format_map(row.fields)
-        except (KeyError, ValueError, IndexError, AttributeError, TypeError) as error:
-            if isinstance(error, KeyError):
-                row.field(str(error.args[0]))  # raises, if the row lacks the field
-            raise InputError(f"prompts.template {prompts.template!r}: {error}") from error
-        if not text.strip():
-            raise InputError(f"{row.where}: the prompt is empty")
-    else:
-        text = row.text(prompts.field)
-    alpha = row.field(config.alpha_field) if config.alpha_field else None
+def _prompt_row(fields: Fields, prompts: Fields, row: Row) -> PromptRow:
+    template, id_field = prompts.string("template"), prompts.string("id_field")
+    alpha_field = fields.string("alpha_field")
+    text = _filled(template, row) if template else row.text(prompts.string("field"))
+    alpha = row.field(alpha_field) if alpha_field else None
+    identity = row.field(id_field) if id_field else None
+    with reading(f"{row.where}: {id_field}", "no value that JSON has"):
+        json.dumps(identity, allow_nan=False)  # outputs repeat it
     return PromptRow(
         line=row.number,
-        prompt=Prompt(text, config.system_prompt, config.response_prefix),
-        id=row.field(prompts.id_field) if prompts.id_field else None,
-        alpha=None if alpha is None else as_schedule(alpha, f"{row.where}: {config.alpha_field}"),
+        prompt=Prompt(text, fields.string("system_prompt"), fields.string("response_prefix")),
+        id=identity,
+        alpha=None if alpha is None else as_schedule(alpha, f"{row.where}: {alpha_field}"),
     )
 
 
-def _truncation(part: ConfigDict) -> Truncation:
-    return Truncation(
-        top_k=part.get("top_k") or None,
-        top_p=part.top_p if part.top_p < 1.0 else None,
-        min_p=part.min_p or None,
-    )
+def _filled(template: str, row: Row) -> str:
+    """The template with a row's fields in it."""
+    with reading(f"prompts.template {template!r}", "cannot be filled in"):
+        try:
+            text = template.format_map(row.fields)
+        except KeyError as error:
+            row.field(str(error.args[0]))  # raises, if the row lacks the field
+            raise
+    if not text.strip():
+        raise InputError(f"{row.where}: the prompt is empty")
+    return text
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise InputError(f"{name} must be between {low:g} and {high:g}, not {value}")
+def _fields(config: ConfigDict) -> Fields:
+    return Fields("config", config.to_dict())
+
+
+def _section(config: ConfigDict, name: str) -> Fields:
+    section = _fields(config).inner(name)
+    if section is None:
+        raise InputError(f"config: {name} is missing")
+    return section
+
+
+def _present(fields: Fields, name: str) -> Any:
+    """A value that is checked elsewhere, but must be there."""
+    if fields.fields.get(name) is None:
+        raise InputError(f"{fields.where}: {name} is missing")
+    return fields.fields[name]

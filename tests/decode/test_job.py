@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
 from decode import check, generate, job, memory
 from decode.scheduler import prefill_rows
@@ -53,7 +54,16 @@ GOOD = '{"prompt": "one"}\n'
         (GOOD, {"prompts__id_field": "id"}, "bad.jsonl:1: no field 'id'"),
         (GOOD, {"alpha_field": "a"}, "bad.jsonl:1: no field 'a'"),
         ('{"prompt": "x", "a": "1"}', {"alpha_field": "a"}, "bad.jsonl:1: a must be a number"),
-        ('{"prompt": "x", "a": NaN}', {"alpha_field": "a"}, "bad.jsonl:1: a must be finite"),
+        (
+            '{"prompt": "x", "a": NaN}',
+            {"alpha_field": "a"},
+            "bad.jsonl:1: a: coefficient must be finite",
+        ),
+        ('{"prompt": "x", "a": [[0, 1], [2.7, 0]]}', {"alpha_field": "a"}, "1: a: step must be an"),
+        ('{"prompt": "x", "a": ["01"]}', {"alpha_field": "a"}, "bad.jsonl:1: a must be a number"),
+        ('{"prompt": "x", "a": true}', {"alpha_field": "a"}, "bad.jsonl:1: a must be a number"),
+        ('{"prompt": "x", "k": [NaN]}', {"prompts__id_field": "k"}, "1: k: no value that JSON has"),
+        (GOOD, {"prompts__limit": -1}, "config: prompts: limit must be at least 0, not -1"),
         ('{"prompt": "x", "a": [[1, 1.0]]}', {"alpha_field": "a"}, "bad.jsonl:1: a: the steps"),
         ('{"prompt": "x", "a": []}', {"alpha_field": "a"}, "bad.jsonl:1: a: the steps"),
     ],
@@ -87,16 +97,16 @@ def test_files_that_cannot_be_read(fields):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sampling__temperature": -1.0}, "sampling.temperature must be between 0 and inf"),
-        ({"sampling__top_p": 1.5}, r"sampling.top_p must be between 0 and 1, not 1.5"),
-        ({"base_filter__min_p": -0.1}, "base_filter.min_p must be between"),
-        ({"sampling__top_k": -2}, "sampling.top_k must be"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"chunk_steps": 0}, "chunk_steps must be at least 1"),
-        ({"samples": 0}, "samples must be at least 1"),
-        ({"min_new_tokens": -1}, "min_new_tokens must be at least 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
-        ({"alpha": float("inf")}, "alpha must be finite"),
+        ({"sampling__temperature": -1.0}, "sampling: temperature must be at least 0, not -1.0"),
+        ({"sampling__top_p": 1.5}, "sampling: top_p must be between 0 and 1, not 1.5"),
+        ({"base_filter__min_p": -0.1}, "base_filter: min_p must be between 0 and 1, not -0.1"),
+        ({"sampling__top_k": -2}, "sampling: top_k must be between -1 and"),
+        ({"batch_size": 0}, "batch_size must be between 1 and"),
+        ({"chunk_steps": 0}, "chunk_steps must be between 1 and"),
+        ({"samples": 0}, "samples must be between 1 and"),
+        ({"min_new_tokens": -1}, "min_new_tokens must be between 0 and"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be between"),
+        ({"alpha": float("inf")}, "alpha: coefficient must be finite, not inf"),
         ({"alpha_schedule": ((0, 1.0), (0, 2.0))}, "alpha: the steps of a schedule rise"),
         ({"method": "both"}, "method 'both' is unknown"),
         ({"method": "expert", "expert__path": ""}, "method is 'expert', but expert.path is empty"),
@@ -123,6 +133,54 @@ def test_configs(llama, tmp_path, program, settings, message, monkeypatch):
         program.main(config)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sampling", None, "config: sampling is missing"),
+        ("sampling", 0.7, "config: sampling must be an object, not 0.7"),
+        ("sampling__top_p", None, "config: sampling: top_p is missing"),
+        ("base", None, "config: base is missing"),
+        ("base__path", 5, "config: base: path must be a string, not 5"),
+        ("expert__dtype", None, "config: expert: dtype is missing"),
+        ("method", None, "config: method is missing"),
+        ("plan", 3, "config: plan must be a string, not 3"),
+        ("layers", ["auto"], "config: layers must be a string, not"),
+        ("replicate", (3,), "config: replicate must hold str values, not 3"),
+        ("replicate", "kv_heads", "config: replicate must be a list, not 'kv_heads'"),
+        ("mesh", None, "config: mesh is missing"),
+        ("mesh__data", "all", "config: mesh: data must be an integer, not 'all'"),
+        ("mesh__pipeline", 2, "mesh axis 'pipeline' is unknown"),
+        ("batch_size", "8", "batch_size must be an integer, not '8'"),
+        ("banned_tokens", None, "config: banned_tokens is missing"),
+        ("prompts__path", None, "config: prompts: path is missing"),
+        ("prompts__field", None, "config: prompts: field is missing"),
+        ("system_prompt", 1, "config: system_prompt must be a string, not 1"),
+    ],
+)
+def test_configs_of_another_kind(tmp_path, name, value, message):
+    """Of another program or another time: a field or a section is not there, or is another."""
+    jobs.write_prompts(tmp_path / "prompts.jsonl")
+    fields = jobs.decoding().to_dict()
+    fields["base"]["path"] = "m"
+    fields["prompts"]["path"] = str(tmp_path / "prompts.jsonl")
+    *sections, last = name.split("__")
+    part = fields[sections[0]] if sections else fields
+    part[last] = value
+    with pytest.raises(InputError, match=message) as error:
+        read_all(ConfigDict(fields))
+    assert "\n" not in str(error.value)
+    if value is None:
+        del part[last]
+        with pytest.raises(InputError, match=message):
+            read_all(ConfigDict(fields))
+
+
+def read_all(config):
+    for part in (job.model_specs, job.plan, job.options, job.placement, job.stacked_layers):
+        part(config)
+    job.read_prompts(config)
 
 
 def test_prompt_longer_than_the_context_of_one_role(llama, tmp_path):
