@@ -20,24 +20,27 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jinja2
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warning_once
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import launch
 from configs.defaults import decoding
-from decode import job
+from decode import job, memory
 from decode.generate import load_with_progress
 from decode.requests import Options, Request, as_schedule
 from decode.sampling import Sampling, Truncation
 from decode.scheduler import Generator, longest_contexts
 from decode.score import Passage, Scorer
 from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, reading, shown
+from proxy_jax.sharding import Placement
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import ROLES, Role, open_trio
 
@@ -45,6 +48,30 @@ _GENERATION = (
     "until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p",
     "repetition_penalty",
 )  # fmt: skip
+# Settings of transformers and vLLM that are not supported, and the values that change nothing.
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "n": (1,),
+    "best_of": (1,),
+    "diversity_penalty": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_tokens": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "ignore_eos": (False,),
+    "use_cache": (True, False),
+    "skip_special_tokens": (True,),
+}
+_OF_BEAMS = ("length_penalty", "early_stopping")  # any value does nothing where there is one beam
 _log = logging.getLogger(__name__)
 _Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -66,7 +93,7 @@ class ProxyLM(TemplateLM):
       fields: of the config, by their dotted names; see the module.
 
     Raises:
-      InputError: a field that is unknown, or a trio that cannot be loaded.
+      InputError: a field that is unknown, or a trio that cannot be loaded or does not fit.
     """
 
     def __init__(
@@ -80,7 +107,8 @@ class ProxyLM(TemplateLM):
     ):
         super().__init__()
         if batch_size not in (None, "auto", 1, "1"):
-            fields["batch_size"] = int(batch_size)
+            with reading(f"batch_size {shown(batch_size)}", "not a number"):
+                fields["batch_size"] = int(batch_size)
         self.config = read_config(config, fields)
         self.options = job.options(self.config)
         place, stacked_layers = job.placement(self.config), job.stacked_layers(self.config)
@@ -90,7 +118,11 @@ class ProxyLM(TemplateLM):
         place.check_divides("batch", self.options.batch_size, "batch_size")
         self.trio, self.tokenizer = trio, trio.tokenizer
         room = min(member.config.max_positions for member in trio.members.values())
-        self.max_length = min(room, max_length or room)
+        arguments = Fields("model_args", {"max_length": max_length})
+        self.max_length = min(room, arguments.integer("max_length", 2, default=room))
+        self._plan = job.plan(self.config)
+        # Weights, and the shortest of caches: what tasks ask for is known when they ask.
+        self._check_memory(place, dict.fromkeys(trio.roles, 1), 0)
         self.loaded = load_with_progress(trio, self.config, place, stacked_layers)
         self.scorer = Scorer(
             self.loaded,
@@ -119,22 +151,38 @@ class ProxyLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as M's chat template renders it.
+        """Renders a conversation by M's chat template.
+
+        One that refuses it is asked again without the system prompt, as lm_eval's own models do.
 
         Raises:
-          InputError: a role has a template of its own, which would wrap the whole conversation.
+          InputError: a role has a template of its own, which would wrap the whole conversation; or
+            the template cannot render it, or there is none.
         """
         own = [role for role, m in self.trio.members.items() if m.template.spec != "raw"]
         if own:
             raise InputError(
                 f"--apply_chat_template: {own[0]} has a template in the config; use one of the two"
             )
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+
+        def rendered(history: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        with reading("base: chat template", "cannot render the conversation"):
+            try:
+                return rendered(chat_history)
+            except jinja2.TemplateError:
+                rest = [message for message in chat_history if message["role"] != "system"]
+                if len(rest) == len(chat_history):
+                    raise
+                text = rendered(rest)
+                warning_once(_log, "the chat template refuses system prompts: they are left out")
+                return text
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes beside its results: the resolved config."""
@@ -174,20 +222,30 @@ class ProxyLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions of contexts, each cut at its own stop strings."""
+        """Completes contexts, each cut at its own stop strings.
+
+        Raises:
+          InputError: a setting that is not supported, before anything is generated, or texts that
+            there is no memory for.
+        """
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True)].append(index)
+            with reading("generation_kwargs", "not JSON"):
+                groups[json.dumps(request.args[1], sort_keys=True)].append(index)
+        asked = [
+            (members, *self._generation(requests[members[0]].args[1]))
+            for members in groups.values()
+        ]
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for members in groups.values():
-                settings = requests[members[0]].args[1]
-                options, until = self._generation(settings)
+            for members, options, until in asked:
                 todo = [
                     self._request(i, requests[i].args[0], options.max_new_tokens) for i in members
                 ]
+                contexts = longest_contexts(todo)
+                self._check_memory(self.loaded.place, contexts, options.max_new_tokens)
                 generator = Generator(self.loaded, options)
-                for done in generator.stream(todo, longest_contexts(todo)):
+                for done in generator.stream(todo, contexts):
                     for completion in done:
                         ids = completion.token_ids
                         ids = ids[:-1] if completion.finish_reason == "eos" else ids
@@ -198,6 +256,13 @@ class ProxyLM(TemplateLM):
                         self.cache_hook.add_partial("generate_until", given, text)
                     bar.update(len(done))
         return texts
+
+    def _check_memory(self, place: Placement, contexts: Mapping[str, int], new_tokens: int) -> None:
+        """Refuses what does not fit; contexts are the longest by role, new tokens included."""
+        passes = self.trio.passes(self._plan)
+        memory.estimate(
+            self.trio, passes, place, self.options.batch_size, contexts, new_tokens
+        ).check()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Encoded], disable_tqdm: bool = False, **kwargs: Any
@@ -246,37 +311,60 @@ class ProxyLM(TemplateLM):
         """A task's generation_kwargs as options, and its stop strings.
 
         Raises:
-          InputError: a setting that is not known, or leaves no room for a context.
+          InputError: a setting that is not supported or out of range, or no room for a context.
         """
-        given = normalize_gen_kwargs(dict(settings), self.config.max_new_tokens)
-        if unknown := set(given) - set(_GENERATION):
-            raise InputError(
-                f"generation_kwargs: {sorted(unknown)[0]!r} is not one of {', '.join(_GENERATION)}"
-            )
+        with reading("generation_kwargs", "cannot be understood"):
+            asked = {name: value for name, value in settings.items() if value is not None}
+            given = dict(normalize_gen_kwargs(asked, self.config.max_new_tokens))
+        _check_supported(given)
         if given["max_gen_toks"] >= self.max_length:
             raise InputError(
                 f"generation_kwargs: max_gen_toks of {given['max_gen_toks']} leaves no room for a "
                 f"context in max_length of {self.max_length}"
             )
-        until = [text for text in given["until"] if text]
+        fields = Fields("generation_kwargs", given)
+        until = [text for text in fields.array("until", str) if text]
         # A special token is not in the text that stop strings are sought in; its id ends it.
         alone = [self.tok_encode(text, add_special_tokens=False) for text in until]
         hidden = [ids for ids in alone if not self.tokenizer.decode(ids, skip_special_tokens=True)]
         special = {ids[0] for ids in hidden if len(ids) == 1}
         ends = self.trio.eos_ids() if self.options.eos_ids is None else self.options.eos_ids
         sampling = Sampling()
-        if given["do_sample"] and given["temperature"]:
+        if fields.flag("do_sample"):
             truncation = {name: given.get(name) for name in ("top_k", "top_p", "min_p")}
-            sampling = Sampling(given["temperature"], Truncation(**truncation))
-        options = dataclasses.replace(
-            self.options,
-            max_new_tokens=given["max_gen_toks"],
-            sampling=sampling,
-            stop=tuple(until),
-            repetition_penalty=given.get("repetition_penalty", self.options.repetition_penalty),
-            eos_ids=tuple(sorted({*ends, *special})),
-        )
+            sampling = Sampling(given.get("temperature"), Truncation(**truncation))
+        try:
+            options = dataclasses.replace(
+                self.options,
+                max_new_tokens=given["max_gen_toks"],
+                sampling=sampling,
+                stop=tuple(until),
+                repetition_penalty=given.get("repetition_penalty", self.options.repetition_penalty),
+                eos_ids=tuple(sorted({*ends, *special})),
+            )
+        except InputError as error:
+            raise InputError(f"generation_kwargs: {error}") from error
         return options, until
+
+
+def _check_supported(settings: Mapping[str, Any]) -> None:
+    """Refuses settings that are unknown, or would have an effect that there is no support for.
+
+    Raises:
+      InputError: names the setting and its value.
+    """
+    for name in sorted(settings.keys() - {*_GENERATION, *_OF_BEAMS}):
+        without_effect = _WITHOUT_EFFECT.get(name)
+        if without_effect is None:
+            raise InputError(
+                f"generation_kwargs: {name}={shown(settings[name])} is not supported; settings are "
+                f"{', '.join(_GENERATION)}"
+            )
+        if settings[name] not in without_effect:
+            raise InputError(
+                f"generation_kwargs: {name}={shown(settings[name])} is not supported, only "
+                f"{' or '.join(map(str, without_effect))}, without effect"
+            )
 
 
 def read_config(path: str, fields: Mapping[str, Any]) -> ConfigDict:
@@ -290,10 +378,8 @@ def read_config(path: str, fields: Mapping[str, Any]) -> ConfigDict:
     Raises:
       InputError: a file that cannot be run, an unknown field, or a value of another type.
     """
-    try:
+    with reading(f"config {path}", "cannot be run"):
         config = runpy.run_path(path)["get_config"]() if path else decoding()
-    except Exception as error:  # whatever the user's file makes it raise
-        raise InputError(f"config {path}: {error!r}") from error
     for name, value in fields.items():
         names: Iterable[str] = (name,)
         if name in ROLES:

@@ -19,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from decode import lm_eval as adapter
+from decode import memory
 from decode.score import Passage
 from tests.decode import harness
 
@@ -223,13 +224,102 @@ def test_model_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 4}, "'num_beams' is not one of until, max_gen_toks"),
+        ({"num_beams": 4}, "num_beams=4 is not supported, only 1, without effect"),
+        ({"num_return_sequences": 2}, "num_return_sequences=2 is not supported, only 1"),
+        ({"typical_p": 0.9}, "typical_p=0.9 is not supported, only 1"),
+        ({"beams": 1}, "beams=1 is not supported; settings are until, max_gen_toks"),
         ({"max_gen_toks": 512}, "max_gen_toks of 512 leaves no room for a context"),
+        ({"max_gen_toks": "many"}, "generation_kwargs: cannot be understood"),
+        ({"max_gen_toks": 0}, "generation_kwargs: options: max_new_tokens must be between 1 and"),
+        ({"until": [5]}, "generation_kwargs: until must hold str values, not 5"),
+        ({"do_sample": "yes"}, "generation_kwargs: do_sample must be true or false, not 'yes'"),
+        ({"temperature": 1e39}, "generation_kwargs: sampling: temperature must be 0 or"),
+        ({"temperature": 1.0, "top_k": -2}, "generation_kwargs: sampling: top_k must be"),
+        ({"temperature": 1.0, "top_p": 0.0}, "generation_kwargs: sampling: top_p must be above 0"),
+        ({"repetition_penalty": "a"}, "generation_kwargs: options: repetition_penalty must be a"),
     ],
 )
-def test_generation_that_is_refused(trio_model, settings, message):
+def test_generation_that_is_refused(trio_model, settings, message, monkeypatch):
+    """Before a request is worked on, though another's settings are right."""
+    monkeypatch.setattr(adapter, "Generator", None)
+    both = [("A", {"max_gen_toks": 3}), ("A", settings)]
     with pytest.raises(InputError, match=message):
-        trio_model.generate_until(instances("generate_until", [("A", settings)]))
+        trio_model.generate_until(instances("generate_until", both), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_k": -1}, {"top_p": 1.0}], ids=str)
+def test_truncation_that_changes_nothing(trio_model, settings):
+    sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12}
+    plain, _ = trio_model._generation(sampled)
+    assert trio_model._generation(sampled | settings) == (plain, [])
+
+
+def test_settings_without_effect(single):
+    """transformers takes them; the texts are those without."""
+    path = str(single.paths["base"])
+    ours = adapter.ProxyLM(base=path, dtype="float32")
+    theirs = HFLM(pretrained=path, dtype="float32", device="cpu", batch_size=2)
+    common = {"until": ["e"], "max_gen_toks": 6, "do_sample": False}
+    more = {"num_beams": 1, "num_return_sequences": 1, "length_penalty": 1.0, "top_k": None}
+    written = [
+        model.generate_until(
+            instances("generate_until", [("A", common | settings)]), disable_tqdm=True
+        )
+        for model, settings in ((ours, {}), (ours, more | {"use_cache": True}), (theirs, more))
+    ]
+    assert written[0] == written[1] == written[2]
+
+
+def test_not_enough_memory(llama, trio_model, monkeypatch):
+    """Before anything is loaded; and once it is known how long the contexts are."""
+    monkeypatch.setattr(memory, "_available", lambda place: 100_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "load_with_progress", None)
+        with pytest.raises(InputError, match=r"the job needs about .* GiB .* 0.0 GiB are there"):
+            adapter.ProxyLM(base=str(llama.paths["base"]), dtype="float32")
+    [request] = instances("generate_until", [("A" * 60, {"max_gen_toks": 400})])
+    needed = memory.estimate(
+        trio_model.trio, trio_model.loaded.passes, trio_model.loaded.place, 8,
+        dict.fromkeys(trio_model.trio.roles, 400), 400,
+    ).total  # fmt: skip
+    monkeypatch.setattr(memory, "_available", lambda place: needed - 1)
+    with pytest.raises(InputError, match="the job needs about"):
+        trio_model.generate_until([request], disable_tqdm=True)
+
+
+def test_arguments_of_the_wrong_type():
+    for fields, message in (
+        ({"batch_size": "many"}, "batch_size 'many': not a number"),
+        ({"batch_size": 0}, "batch_size must be between 1 and"),
+        ({"stop": 5}, "model_args: stop=5"),
+    ):
+        with pytest.raises(InputError, match=message):
+            adapter.ProxyLM(base="m", **fields)
+
+
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    + trios.CHAT_TEMPLATE
+)
+
+
+def test_a_chat_template_without_a_system_role(single, tmp_path):
+    """As lm_eval's own models do, the conversation goes without it."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    trio = write_trio(tmp_path, dict(single.models), {"base": tokenizer})
+    path = str(trio.paths["base"])
+    history = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "one"}]
+    raw = adapter.ProxyLM(base=path, dtype="float32")
+    theirs = HFLM(pretrained=path, dtype="float32", device="cpu")
+    assert raw.apply_chat_template(history) == "<|user|>one</s><|assistant|>"
+    assert raw.apply_chat_template(history) == theirs.apply_chat_template(history)
+    raw.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match=r"base: chat template: cannot render .* \(never\)"):
+        raw.apply_chat_template(history)
+    raw.tokenizer.chat_template = None
+    with pytest.raises(InputError, match="base: chat template: cannot render the conversation"):
+        raw.apply_chat_template(history)
 
 
 def test_chat_templates(single, trio_model):
