@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.engine import Program
-from decode.requests import Schedule, as_schedule
-from decode.sampling import Truncation, keep
+from decode.requests import Schedule, as_schedule, checked_beta, checked_filter
+from decode.sampling import INT32, Truncation, keep
 from decode.scheduler import bucket
 from proxy_jax.combine import combine
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import Params, hidden_states, unembed
+from proxy_jax.reading import Fields
 from proxy_jax.tokenization import Prompt
 from proxy_jax.trio import LoadedTrio, Pass, Role, Trio
 
@@ -101,7 +102,8 @@ class Scorer:
       batch_size: most texts that are scored together.
 
     Raises:
-      InputError: no alpha or a malformed one, or a batch that the mesh does not divide.
+      InputError: no alpha or a malformed one, another value out of range, or a batch that the mesh
+        does not divide.
     """
 
     def __init__(
@@ -115,13 +117,13 @@ class Scorer:
     ):
         if not alphas:
             raise InputError("alphas is empty: which coefficients are scored?")
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, not {batch_size}")
+        batch_size = Fields("scorer", {"batch_size": batch_size}).integer("batch_size", 1, INT32)
         loaded.place.check_divides("batch", batch_size, "batch_size")
         self.loaded = loaded
         self.alphas = [as_schedule(alpha) for alpha in alphas]
+        beta = checked_beta(beta)
         self.beta = None if beta == 1.0 else jnp.float32(beta)
-        self.base_filter = base_filter
+        self.base_filter = checked_filter(base_filter)
         self.batch_size = batch_size
         self.program = Program.of(loaded)
 
@@ -167,7 +169,9 @@ class Scorer:
             context, limit = passage.contexts[role], member.config.max_positions
             if not context:
                 raise InputError(f"{name}: no context for {role}")
-            highest = max(*context, *passage.ids)
+            lowest, highest = min(*context, *passage.ids), max(*context, *passage.ids)
+            if lowest < 0:
+                raise InputError(f"{name}: {lowest} is no id")
             if highest >= member.config.vocab_size:
                 raise InputError(
                     f"{name}: id {highest} is beyond the {member.config.vocab_size} rows of {role}"
