@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import jinja2
 import numpy as np
 
 from proxy_jax.errors import InputError
 from proxy_jax.rows import Row
+from train.conversations import encode_conversation, refuse_fields, with_date
 
 Format = Literal["prompt_completion", "messages", "text"]
+FORMATS = get_args(Format)
 _WHITESPACE = (" ", "\n", "\t")
 
 
@@ -41,6 +43,7 @@ class Counts:
       kept: examples.
       truncated: those among them that lost their end.
       dropped: rows without a trained token within the limit.
+      invalid: rows that cannot be used and were skipped.
       tokens: places that the examples take, n each.
       trained_tokens: targets with a loss.
     """
@@ -48,6 +51,7 @@ class Counts:
     kept: int = 0
     truncated: int = 0
     dropped: int = 0
+    invalid: int = 0
     tokens: int = 0
     trained_tokens: int = 0
 
@@ -65,7 +69,13 @@ def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
 
 
 def make_examples(
-    rows: Sequence[Row], format: Format, tokenizer: Any, max_length: int
+    rows: Sequence[Row],
+    format: Format,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    skip_invalid: bool = False,
+    date: datetime.date | None = None,
 ) -> tuple[list[Example], Counts]:
     """Tokenises rows, and marks what is trained.
 
@@ -73,7 +83,7 @@ def make_examples(
       at the seam, tokenised once, with EOS at the end. As many tokens as the prompt alone has are
       not trained (open_instruct/finetune.py of the proxy-tuning paper's code).
     messages: {messages: [{role, content}, ...]} under the tokenizer's chat template. What the
-      assistant writes is trained, its end-of-turn token included.
+      assistant writes is trained, its end-of-turn token included; see `encode_conversation`.
     text: {text}, with EOS at the end, all trained. A document beyond the limit is cut into pieces;
       each begins with the last token of the one before, so that every token is a target once.
 
@@ -82,24 +92,35 @@ def make_examples(
       format: which of the three.
       tokenizer: a transformers tokenizer.
       max_length: most tokens an example has; prompt_completion and messages are cut there.
+      skip_invalid: leaves out a row that cannot be used, and counts it.
+      date: what chat templates that print a date take for today; by default today.
 
     Raises:
       InputError: an unknown format, a tokenizer without EOS or chat template, a row that lacks a
         field or has an unusable one, or no example left.
     """
-    encoders = {"prompt_completion": _prompt_completion, "messages": _messages, "text": _text}
-    if format not in encoders:
-        raise InputError(f"format {format!r} is unknown; use {', '.join(encoders)}")
+    if format not in FORMATS:
+        raise InputError(f"format {format!r} is unknown; use {', '.join(FORMATS)}")
     if max_length < 2:
         raise InputError(f"max_length must be at least 2, not {max_length}")
     if format != "messages" and tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no EOS token to end an example with")
     if format == "messages" and not tokenizer.chat_template:
         raise InputError("format is 'messages', but the tokenizer has no chat template")
+    if format == "messages":
+        tokenizer = with_date(tokenizer, date or datetime.date.today())
     examples: list[Example] = []
-    truncated = dropped = 0
+    truncated = dropped = invalid = 0
+    reason = ""
     for row in rows:
-        ids, trained = encoders[format](row, tokenizer)
+        try:
+            ids, trained = _ENCODERS[format](row, tokenizer)
+        except InputError as error:
+            if not skip_invalid:
+                raise
+            reason = reason or f"; {error}"
+            invalid += 1
+            continue
         starts = range(0, len(ids) - 1, max_length - 1) if format == "text" else (0,)
         pieces = [
             Example(ids[at : at + max_length], trained[at : at + max_length], row.number)
@@ -110,17 +131,21 @@ def make_examples(
         dropped += not kept
         truncated += bool(kept) and format != "text" and len(ids) > max_length
     if not examples:
-        raise InputError(f"none of {len(rows)} rows has a trained token in its first {max_length}")
+        raise InputError(
+            f"none of {len(rows)} rows has a trained token in its first {max_length}{reason}"
+        )
     return examples, Counts(
         kept=len(examples),
         truncated=truncated,
         dropped=dropped,
+        invalid=invalid,
         tokens=sum(len(example.tokens) - 1 for example in examples),
         trained_tokens=sum(int(example.trained[1:].sum()) for example in examples),
     )
 
 
 def _prompt_completion(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    refuse_fields(row, "system", "tools", "functions", "weight")
     prompt = row.text("prompt")
     completion = row.text("completion")
     seam = "" if prompt.endswith(_WHITESPACE) or completion.startswith(_WHITESPACE) else " "
@@ -143,50 +168,8 @@ def _encode(text: str, tokenizer: Any) -> list[int]:
     return ids
 
 
-def _messages(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    messages = _checked_messages(row)
-    ids = _render(messages, tokenizer, row)
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    trained = np.zeros(len(ids), bool)
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:i], tokenizer, row, add_generation_prompt=True)
-        through = _render(messages[: i + 1], tokenizer, row)
-        for prefix in (before, through):
-            if ids[: len(prefix)] != prefix:
-                raise InputError(
-                    f"{row.where}: the tokens around message {i + 1} change as the conversation "
-                    "goes on (the chat template rewrites earlier turns, or the message merges "
-                    "with what stands before it), so what the assistant wrote cannot be told apart"
-                )
-        trained[len(before) : _end_of_turn(through, special, tokenizer)] = True
-    return np.asarray(ids, np.int32), trained
-
-
-def _checked_messages(row: Row) -> list[dict[str, Any]]:
-    messages = row.fields.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{row.where}: messages must be a list of {{role, content}} objects")
-    for number, message in enumerate(messages, 1):
-        part = Row(f"{row.where}: message {number}", row.number, message)
-        part.text("role"), part.text("content")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise InputError(f"{row.where}: no message of the assistant to learn from")
-    return messages
-
-
-def _render(messages: list[dict[str, Any]], tokenizer: Any, row: Row, **options: bool) -> list[int]:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise InputError(f"{row.where}: the chat template fails ({error})") from error
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _end_of_turn(ids: list[int], special: set[int], tokenizer: Any) -> int:
-    """Where a conversation ends, less the line break that templates put behind a special token."""
-    end = len(ids)
-    while end and tokenizer.decode(ids[end - 1]).isspace():
-        end -= 1
-    return end if end and ids[end - 1] in special else len(ids)
+_ENCODERS = {
+    "prompt_completion": _prompt_completion,
+    "messages": encode_conversation,
+    "text": _text,
+}

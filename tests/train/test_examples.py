@@ -195,7 +195,7 @@ def test_pieces_cover_a_document_once(max_length):
         assert inputs == ids[:-1]
         assert all(piece.trained[1:].all() for piece in pieces)
     places = sum(len(tokenizer(text)["input_ids"]) for text in texts)
-    assert counts == Counts(len(examples), 0, 0, places, places)
+    assert counts == Counts(kept=len(examples), tokens=places, trained_tokens=places)
 
 
 def test_the_last_rows_are_held_out():
@@ -237,6 +237,10 @@ A_LIST = "messages must be a list of {role, content} objects"
         (["hello"], A_LIST),
         ([], "no message of the assistant to learn from"),
         ([{"role": "user", "content": "a"}], "no message of the assistant to learn from"),
+        (
+            [{"role": "assistant", "content": "a"}],
+            "message 1: nothing stands before it to answer; weight 0 would only read it",
+        ),
         ([{"content": "a"}], "message 1: no field 'role'; it has 'content'"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}],
@@ -250,30 +254,6 @@ def test_conversations_that_cannot_be_used(messages, message):
     fails(f"data.jsonl:1: {message}", make_examples, rows, "messages", make_tokenizer(), 512)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE.replace(  # only the last turn keeps its reasoning
-        "message['content']",
-        "message['content'] if loop.last else message['content'].split('</think>')[-1]",
-    )
-    thinking = [
-        (role, f"so</think>{content}" if role == "assistant" else content)
-        for role, content in CONVERSATION
-    ]
-    ((example,), _) = make_examples(chat(*thinking[:3]), "messages", tokenizer, 512)
-    assert trained_text(example, tokenizer) == ["so</think>Paris</s>"]
-    fails(
-        "data.jsonl:1: the tokens around message 3 change as the conversation goes on (the chat "
-        "template rewrites earlier turns, or the message merges with what stands before it), so "
-        "what the assistant wrote cannot be told apart",
-        make_examples,
-        chat(*thinking),
-        "messages",
-        tokenizer,
-        512,
-    )
-
-
 def test_a_template_that_fails_names_the_row():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
@@ -284,6 +264,31 @@ def test_a_template_that_fails_names_the_row():
         rows,
         "messages",
         tokenizer,
+        512,
+    )
+
+
+def test_rows_that_cannot_be_used_can_be_skipped():
+    bad = {"prompt": "a", "completion": ""}
+    rows = rows_of(bad, GOOD, {"prompt": "a"}, GOOD)
+    examples, counts = make_examples(
+        rows, "prompt_completion", make_tokenizer(), 512, skip_invalid=True
+    )
+    assert [example.line for example in examples] == [2, 4]
+    assert (counts.kept, counts.invalid, counts.dropped) == (2, 2, 0)
+    with pytest.raises(InputError, match=r"none of 1 rows has .*; data.jsonl:1: completion is em"):
+        make_examples(rows_of(bad), "prompt_completion", make_tokenizer(), 512, skip_invalid=True)
+
+
+@pytest.mark.parametrize("name", ["weight", "tools", "functions", "system"])
+def test_fields_that_change_what_a_pair_teaches(name):
+    rows = rows_of(GOOD | {"id": 3, name: None}, GOOD | {name: [1]})
+    fails(
+        f"data.jsonl:2: {name} is not read, and changes what a row teaches",
+        make_examples,
+        rows,
+        "prompt_completion",
+        make_tokenizer(),
         512,
     )
 
