@@ -27,11 +27,11 @@ from configs.train.defaults import sft
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import REMAT
 from proxy_jax.sharding import Placement
+from train.config import check_config
 from train.data import Batches
 from train.flops import peak_flops, step_flops
 from train.job import (
     XLA_FLAGS,
-    check_config,
     initial_state,
     make_batching,
     make_recipe,

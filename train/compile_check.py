@@ -29,6 +29,7 @@ from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import init_adapter
 from proxy_jax.topology import hbm_bytes, tpu_devices
+from train.config import check_values
 from train.job import make_recipe, stacked_layers, training_placement
 from train.step import LOSS_TOKENS, Recipe, TrainState, train_step
 
@@ -123,6 +124,7 @@ def batch_shapes(config: ConfigDict, recipe: Recipe) -> dict[str, jax.ShapeDtype
 
 def main(config: ConfigDict) -> None:
     """Prints the report."""
+    check_values(config)
     if not config.topology:
         raise InputError("topology is empty: which TPU slice? v5e:4x4, for one")
     if config.consistent.alpha_train:

@@ -1,8 +1,9 @@
-"""A training job as its config says: what is checked, and the parts it is made of."""
+"""A training job as its config says: the parts it is made of."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.decoder import REMAT, Params
-from proxy_jax.models.lora import MODULES, init_adapter
+from proxy_jax.models.decoder import Params
+from proxy_jax.models.lora import init_adapter
 from proxy_jax.rows import Hub, read_rows
 from proxy_jax.sharding import TRAINING, Placement, make_mesh
 from proxy_jax.trio import ModelSpec, open_trio
+from train.config import optimizer_config
 from train.data import Batching
 from train.examples import Counts, Example, hold_out, make_examples
 from train.offsets import with_offsets
-from train.optimizer import OptimizerConfig, make_optimizer
+from train.optimizer import make_optimizer
 from train.start import Start
 from train.step import Recipe, TrainState, new_state
 
@@ -32,42 +33,26 @@ from train.step import Recipe, TrainState, new_state
 XLA_FLAGS = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
-def check_config(config: ConfigDict) -> None:
-    """Refuses what can be told from the config alone.
-
-    Raises:
-      InputError: names what is missing, unknown, or does not fit.
-    """
-    if not config.output_dir:
-        raise InputError("output_dir is empty")
-    if not config.data.path:
-        raise InputError("data.path is empty: which rows are trained on?")
-    if unknown := set(config.lora.modules) - set(MODULES):
-        raise InputError(f"lora.modules: {sorted(unknown)[0]!r} is not one of {', '.join(MODULES)}")
-    if config.remat not in REMAT:
-        raise InputError(f"remat {config.remat!r} is unknown; known: {', '.join(REMAT)}")
-    if config.layers not in ("auto", "scanned", "unrolled"):
-        raise InputError(f"layers {config.layers!r} is unknown; use auto, scanned or unrolled")
-    consistent = config.consistent
-    if bool(consistent.alpha_train) != bool(consistent.base):
-        raise InputError("consistent.alpha_train and consistent.base go together: set both or none")
-    if consistent.base and not config.base:
-        raise InputError("consistent.base is set: base must name the small model, M-")
-    if config.batch_size % config.accumulate:
-        raise InputError(
-            f"batch_size {config.batch_size} does not divide into {config.accumulate} micro-batches"
-        )
-
-
 def read_examples(
-    config: ConfigDict, tokenizer: Any
+    config: ConfigDict, tokenizer: Any, date: datetime.date | None = None
 ) -> tuple[tuple[list[Example], Counts], tuple[list[Example], Counts]]:
-    """The examples to train on and the held-out ones, each with what became of the rows."""
+    """The examples to train on and the held-out ones, each with what became of the rows.
+
+    Args:
+      config: the job's.
+      tokenizer: a transformers tokenizer.
+      date: what chat templates that print a date take for today; by default today.
+    """
     hub = Hub(config.data.path, config.data.subset or None, config.data.split)
     rows = read_rows(config.data.path, hub)
     train, held = hold_out(rows[: config.data.limit or None], config.held_out)
     encode = lambda rows: make_examples(  # noqa: E731
-        rows, config.data.format, tokenizer, config.max_length
+        rows,
+        config.data.format,
+        tokenizer,
+        config.max_length,
+        skip_invalid=config.data.skip_invalid,
+        date=date,
     )
     return encode(train), encode(held) if held else ([], Counts())
 
@@ -177,11 +162,6 @@ def whole_batch(place: Placement, batch: dict[str, np.ndarray]) -> dict[str, jax
 def _on_mesh(place: Placement, x: np.ndarray, axes: tuple[str | None, ...]) -> jax.Array:
     sharding = place.sharding((*axes, *(None,) * (x.ndim - len(axes))))
     return jax.make_array_from_process_local_data(sharding, x)
-
-
-def optimizer_config(config: ConfigDict) -> OptimizerConfig:
-    """AdamW as the config says."""
-    return OptimizerConfig(**config.optimizer.to_dict())
 
 
 def make_recipe(config: ConfigDict, model: ModelConfig, steps: int, place: Placement) -> Recipe:

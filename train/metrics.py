@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
+import manifest
 from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, parse_json, read_text
 
 FILE = "metrics.jsonl"
 
@@ -32,26 +38,64 @@ class MetricsLog:
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
-        path = directory / FILE
+        self._path = directory / FILE
         kept = [record for record in read_metrics(directory) if record["step"] <= first]
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=first + 1)
+        manifest.replace(self._path, "".join(map(_line, kept)).encode())
+        # Not a SummaryWriter: its thread ends at the first error, and what it is given then waits.
+        with self._writing():
+            self._file = self._path.open("ab", buffering=0)
+            events = directory / "tensorboard"
+            events.mkdir(exist_ok=True)
+            self._events = EventsWriter(str(events / "events"))
+            log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add_event(first + 1, session_log=log)  # hides what was logged of later steps
 
     def write(self, step: int, **values: float) -> None:
-        """Records values of a step."""
+        """Records values of a step, finite numbers.
+
+        Raises:
+          InputError: the disk is full or fails.
+        """
         if not self._writes:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with self._writing():
+            self._file.write(_line({"step": step, **values}).encode())
+            for name, value in values.items():
+                one = summary_pb2.Summary.Value(tag=name, simple_value=value)
+                self._add_event(step, summary=summary_pb2.Summary(value=[one]))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is left.
+
+        Raises:
+          InputError: the disk is full or fails.
+        """
         if self._writes:
-            self._file.close()
-            self._events.close()
+            with self._writing():
+                self._file.close()
+                self._events.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._path.parent)
+
+
+@contextlib.contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Turns a disk that is full or fails into an InputError.
+
+    Args:
+      directory: of the run.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{directory}: cannot write ({error.strerror}); the same command goes on from the last "
+            "checkpoint"
+        ) from error
 
 
 class Progress:
@@ -93,7 +137,8 @@ class Progress:
           lines: of the data that the batch was made of.
 
         Raises:
-          InputError: the loss of the step before is not a number; names that step and its lines.
+          InputError: the loss or gradient of the step before is not finite; names that step and its
+        lines.
         """
         self.catch_up()
         self._waiting = step, metrics, lines
@@ -102,18 +147,19 @@ class Progress:
         """Reports the last step, too: before its parameters are saved or measured.
 
         Raises:
-          InputError: its loss is not a number.
+          InputError: its loss or gradient is not finite.
         """
         if self._waiting is None:
             return
         step, metrics, lines = self._waiting
         self._waiting = None
         values = {name: float(value) for name, value in metrics.items()}
-        if not math.isfinite(values["loss"]):
-            raise InputError(
-                f"step {step - 1}: the loss is {values['loss']}; "
-                f"rows of the batch: lines {lines[lines > 0].tolist()}"
-            )
+        for name, what in (("loss", "the loss"), ("grad_norm", "the norm of the gradient")):
+            if not math.isfinite(values[name]):
+                raise InputError(
+                    f"step {step - 1}: {what} is {values[name]}; "
+                    f"rows of the batch: lines {lines[lines > 0].tolist()}"
+                )
         seconds = time.perf_counter() - self._since
         self._since += seconds
         speed, mfu = values["tokens"] / seconds, self._flops(values) / seconds / self._peak
@@ -138,12 +184,30 @@ class Progress:
 
 
 def read_metrics(directory: Path) -> list[dict[str, float]]:
-    """The records of a run; a half-written last line is left out."""
+    """The records of a run; a half-written last line is left out.
+
+    Raises:
+      InputError: names the line that is no record.
+    """
     path = directory / FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    records = []
+    for number, line in enumerate(read_text(path).split("\n")[:-1], 1):
+        where = f"{path}:{number}"
+        record = parse_json(line, where)
+        if not isinstance(record, dict):
+            raise InputError(f"{where}: not a JSON object")
+        fields = Fields(where, record)
+        fields.integer("step", 0)
+        for name in record:
+            fields.real(name)
+        records.append(record)
+    return records
+
+
+def _line(record: dict[str, float]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def plot_losses(directory: Path) -> None:
@@ -163,5 +227,7 @@ def plot_losses(directory: Path) -> None:
     axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(directory / "loss.png", dpi=150)
+    drawing = io.BytesIO()
+    figure.savefig(drawing, format="png", dpi=150)
+    manifest.replace(directory / "loss.png", drawing.getvalue())
     pyplot.close(figure)

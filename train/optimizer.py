@@ -9,8 +9,12 @@ import jax
 import optax
 
 from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields
 
 SCHEDULES = ("linear", "cosine", "constant")
+# What float32, in which it is computed, does not round to 0, infinity or 1.
+SMALLEST, LARGEST = 1e-37, 3e38
+LARGEST_BELOW_1 = 0.9999999
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,9 @@ class OptimizerConfig:
       weight_decay: decoupled; norms and biases are left out.
       max_grad_norm: gradients of a larger global norm are scaled down to it; 0 is off.
       b1, b2, eps: Adam's.
+
+    Raises:
+      InputError: names a value that is out of range, also of float32's.
     """
 
     learning_rate: float = 2e-5
@@ -36,14 +43,18 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
+        fields = Fields("optimizer", vars(self))
+        if fields.string("schedule") not in SCHEDULES:
             raise InputError(
                 f"schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}"
             )
-        if self.learning_rate <= 0:
-            raise InputError(f"learning_rate must be positive, not {self.learning_rate}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise InputError(f"warmup_ratio must be between 0 and 1, not {self.warmup_ratio}")
+        for name in ("learning_rate", "eps"):
+            fields.real(name, SMALLEST, LARGEST)
+        for name in ("weight_decay", "max_grad_norm"):
+            fields.real(name, 0, LARGEST)
+        for name in ("b1", "b2"):
+            fields.real(name, 0, LARGEST_BELOW_1)
+        fields.real("warmup_ratio", 0, 1)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

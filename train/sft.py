@@ -11,13 +11,16 @@ parameters. configs/train/defaults.py explains every field.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import datetime
+import fcntl
 import functools
 import json
 import math
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -29,20 +32,20 @@ import manifest
 import processes
 from configs.train.defaults import sft
 from proxy_jax.errors import InputError
+from proxy_jax.reading import reading
 from proxy_jax.rows import local_path
 from train.checkpoint import Checkpoints, Preemption
+from train.config import check_config, optimizer_config
 from train.data import Batches
 from train.export import Lora, check_export, export_expert, write_model
 from train.flops import peak_flops, step_flops
 from train.job import (
     XLA_FLAGS,
     add_offsets,
-    check_config,
     initial_state,
     make_batching,
     make_recipe,
     micro_batches,
-    optimizer_config,
     read_examples,
     training_placement,
     whole_batch,
@@ -53,20 +56,48 @@ from train.start import open_start
 from train.step import Recipe, evaluate, train_step
 
 # Config fields that do not change the parameters, and may differ when a run goes on.
-_FREE = ("output_dir", "log_every", "keep", "distributed", "mesh", "replicate", "topology")
+_FREE = (
+    "output_dir", "log_every", "keep", "distributed", "mesh", "replicate", "topology",
+    "export_dtype",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run in its directory, which no other process may take until it is closed.
+
+    Attributes:
+      directory: of the run.
+      date: of the day on which it began, for chat templates that print the date.
+    """
+
+    directory: Path
+    date: datetime.date
+    _lock: IO[bytes] | None
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        if self._lock:
+            self._lock.close()
 
 
 def main(config: ConfigDict) -> None:
-    """Data, model, steps, export."""
+    """Checks the config, and trains in a directory that it holds alone."""
     check_config(config)
-    directory = open_run(config)
+    with contextlib.closing(open_run(config)) as run:
+        train(config, run)
+
+
+def train(config: ConfigDict, run: Run) -> None:
+    """Data, model, steps, export."""
+    directory = run.directory
     start = open_start(config)
     model, lora = start.model, config.lora
     check_export(directory / "expert", model, lora=lora.rank > 0)
     place = training_placement(config, model)
 
     # Data.
-    (examples, counts), (held, held_counts) = read_examples(config, start.tokenizer)
+    (examples, counts), (held, held_counts) = read_examples(config, start.tokenizer, run.date)
     batches = Batches(examples, make_batching(config, place, config.epochs))
     steps = len(batches)
     if jax.process_index() == 0:
@@ -89,11 +120,10 @@ def main(config: ConfigDict) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(checkpoints)
         preemption = stack.enter_context(Preemption())
-        restored = checkpoints.restore(state)
-        if restored is not None:
-            state, position = restored
-            data.set_state(position)
+        state, damaged = checkpoints.restore(state, data)
         first = int(state.step)
+        if damaged and jax.process_index() == 0:
+            print(f"going on from step {first}: {damaged}")
         log = stack.enter_context(contextlib.closing(MetricsLog(directory, first)))
         progress = stack.enter_context(
             contextlib.closing(
@@ -119,7 +149,7 @@ def main(config: ConfigDict) -> None:
             if held and (last or (config.eval_every and step % config.eval_every == 0)):
                 progress.catch_up()
                 loss = held_out_loss(config, recipe, state.trained, frozen, held)
-                log.write(step, held_out_loss=loss, held_out_perplexity=math.exp(loss))
+                log.write(step, **held_out_metrics(step, loss))
             if last or stop or loss is not None or checkpoints.due(step):
                 progress.catch_up()
                 checkpoints.save(step, state, data.get_state(), loss)
@@ -148,31 +178,58 @@ def main(config: ConfigDict) -> None:
         print(written)
 
 
-def open_run(config: ConfigDict) -> Path:
+def open_run(config: ConfigDict) -> Run:
     """Begins or goes on with a run: its directory, with a manifest.
 
     Raises:
-      InputError: the directory holds a run of another config or other data, or this process was
-        given another run than process 0.
+      InputError: the directory holds a run of another config or other data, one that another
+        process goes on with, or one without a manifest; or this process was given another run
+        than process 0.
     """
-    directory = Path(config.output_dir).expanduser()
+    directory = local_path(config.output_dir)
     data = local_path(config.data.path)
-    new = manifest.new(config.to_dict(), {"data": manifest.digest(data)} if data.is_file() else {})
+    with reading(data):
+        digests = {"data": manifest.digest(data)} if data.is_file() else {}
+    new = manifest.new(config.to_dict(), digests)
     processes.check_same(new)
-    old = manifest.read(directory)
-    if old and (changed := manifest.changed(old, new, _FREE)):
-        raise InputError(
-            f"{directory}: holds a run of another config ({changed}); choose another output_dir"
-        )
-    if jax.process_index() == 0:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"output_dir {directory}: {error.strerror}") from error
+    lock = _lock(directory) if jax.process_index() == 0 else None
+    try:
+        old = manifest.read(directory)
+        if old and (changed := manifest.changed(old, new, _FREE)):
+            raise InputError(
+                f"{directory}: holds a run of another config ({changed}); choose another output_dir"
+            )
+        if not old and list(directory.glob("checkpoints/*")):
+            raise InputError(
+                f"{directory}: has checkpoints, but no {manifest.FILE} says of which run; choose "
+                "another output_dir"
+            )
         content = old or new
-        content["runs"].append(manifest.this_run())
-        manifest.write(directory, content)
-    return directory
+        if lock:
+            content["runs"].append(manifest.this_run())
+            manifest.write(directory, content)
+        date = processes.from_first(lock and str(content["runs"][0]["started"])[:10])
+        with reading(directory / manifest.FILE, "runs: no date of the first one"):
+            return Run(directory, datetime.date.fromisoformat(date), lock)
+    except BaseException:
+        if lock:
+            lock.close()
+        raise
+
+
+def _lock(directory: Path) -> IO[bytes]:
+    """Creates a directory if need be, and a file in it that no other process has locked."""
+    with reading(f"output_dir {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / "lock").open("ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        in_use = isinstance(error, BlockingIOError)
+        reason = "another process is training in it" if in_use else error.strerror
+        raise InputError(f"{directory}: {reason}") from error
+    return lock
 
 
 def show_tokens(bar: tqdm, done: int, total: int) -> None:
@@ -191,6 +248,20 @@ def held_out_loss(
         part, tokens = evaluate(recipe, trained, frozen, whole_batch(recipe.place, batch))
         total, count = total + float(part), count + float(tokens)
     return total / max(count, 1.0)
+
+
+def held_out_metrics(step: int, loss: float) -> dict[str, float]:
+    """What is recorded of the loss on the held-out rows; a perplexity beyond any number is not.
+
+    Raises:
+      InputError: the loss is not a number.
+    """
+    if not math.isfinite(loss):
+        raise InputError(f"step {step}: the loss on the held-out rows is {loss}")
+    metrics = {"held_out_loss": loss}
+    with contextlib.suppress(OverflowError):
+        metrics["held_out_perplexity"] = math.exp(loss)
+    return metrics
 
 
 if __name__ == "__main__":

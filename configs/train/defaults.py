@@ -23,6 +23,7 @@ def sft() -> ConfigDict:
             "split": "train",
             "format": "prompt_completion",
             "limit": 0,
+            "skip_invalid": False,  # leaves out and counts rows that cannot be learnt from
             "chat_template": "",  # Jinja, for messages and a tokenizer that has no template
         }
     )
@@ -68,7 +69,8 @@ def sft() -> ConfigDict:
     config.epochs = 2
     config.batch_size = 128  # rows of a step
     config.accumulate = 1  # micro-batches they are cut into
-    config.compute_dtype = "bfloat16"  # of the passes; what is trained stays float32
+    # Of the passes: float32, bfloat16 or float16; what is trained stays float32.
+    config.compute_dtype = "bfloat16"
     config.remat = "none"  # what the backward pass computes again: none, dots, full
     config.seed = 0
 
@@ -94,5 +96,5 @@ def sft() -> ConfigDict:
 
     # The output: checkpoints, metrics.jsonl, loss.png, and the expert as a Hugging Face directory.
     config.output_dir = ""
-    config.export_dtype = "bfloat16"
+    config.export_dtype = "bfloat16"  # or float32, float16
     return config.lock()

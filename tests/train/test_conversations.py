@@ -179,7 +179,7 @@ def test_what_a_template_leaves_out_is_refused_by_name(tokenizer):
         message = refused(tokenizer, TOOLS, [user("one"), answer], **{name: {"a": 1}})
         assert message == f"{name} is not read, and changes what a row teaches"
     notes = {"id": 3, "source": "web", "prompt": "one"}
-    nothing = {"refusal": None, "function_call": None, "annotations": []}
+    nothing: dict[str, object] = {"refusal": None, "function_call": None, "annotations": []}
     plain = learn(tokenizer, TOOLS, [user("one"), answer])
     assert learn(tokenizer, TOOLS, [user("one", name="Ann"), answer | nothing], **notes) == plain
 
