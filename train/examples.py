@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -54,6 +55,15 @@ class Counts:
     invalid: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+
+
+def digest_examples(examples: Sequence[Example]) -> str:
+    """Computes the SHA-256 of what is learnt, and from what."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.int64(len(example.tokens)).tobytes())
+        digest.update(example.tokens.tobytes() + example.trained.tobytes())
+    return digest.hexdigest()
 
 
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:

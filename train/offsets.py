@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -35,8 +34,8 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, hidden_states, unembed
 from proxy_jax.sharding import Placement
-from proxy_jax.trio import Trio, load_trio
-from train.examples import Example
+from proxy_jax.trio import Trio, identify, load_trio
+from train.examples import Example, digest_examples
 
 ROLES = ("base", "antiexpert")
 _TYPE = np.dtype("<f2")
@@ -198,20 +197,10 @@ class _Cache:
 
 def _identity(examples: Sequence[Example], trio: Trio) -> dict[str, Any]:
     """What the offsets depend on."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(np.int64(len(example.tokens)).tobytes())
-        digest.update(example.tokens.tobytes() + example.trained.tobytes())
-    models = {}
-    for role in ROLES:
-        member = trio.members[role]
-        adapter = member.spec.adapter
-        models[role] = {
-            "path": str(member.checkpoint.path.resolve()),
-            "adapter": str(Path(adapter).expanduser().resolve()) if adapter else "",
-            "dtype": member.spec.dtype,
-        }
-    return {"examples": digest.hexdigest(), **models}
+    models = identify({role: trio.members[role].spec for role in ROLES})
+    dtypes = {role: trio.members[role].spec.dtype for role in ROLES}
+    of_models = {role: {**models[role], "dtype": dtypes[role]} for role in ROLES}
+    return {"examples": digest_examples(examples), **of_models}
 
 
 def _check_examples(examples: Sequence[Example], trio: Trio) -> None:

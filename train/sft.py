@@ -17,8 +17,10 @@ import fcntl
 import functools
 import json
 import math
+import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,9 +36,11 @@ from configs.train.defaults import sft
 from proxy_jax.errors import InputError
 from proxy_jax.reading import reading
 from proxy_jax.rows import local_path
+from proxy_jax.trio import ModelSpec, identify
 from train.checkpoint import Checkpoints, Preemption
 from train.config import check_config, optimizer_config
 from train.data import Batches
+from train.examples import Example, digest_examples
 from train.export import Lora, check_export, export_expert, write_model
 from train.flops import peak_flops, step_flops
 from train.job import (
@@ -60,6 +64,7 @@ _FREE = (
     "output_dir", "log_every", "keep", "distributed", "mesh", "replicate", "topology",
     "export_dtype",
 )  # fmt: skip
+_EXAMPLES = "examples"  # an input that is known only when the rows are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,26 @@ class Run:
     directory: Path
     date: datetime.date
     _lock: IO[bytes] | None
+
+    def check_examples(self, examples: Sequence[Example]) -> None:
+        """Refuses other examples than the run began with; remembers those of a new run.
+
+        A tokenizer, a template or a data set of the hub may have changed since.
+
+        Raises:
+          InputError: they are others, or others than those of process 0.
+        """
+        found = digest_examples(examples)
+        processes.check_same(manifest.new({}, {_EXAMPLES: found}))
+        if not self._lock:
+            return
+        content = manifest.read(self.directory)
+        assert content is not None, "open_run has written it"
+        if content["inputs"].setdefault(_EXAMPLES, found) != found:
+            raise InputError(
+                f"{self.directory}: the rows give other examples than those that the run began with"
+            )
+        manifest.write(self.directory, content)
 
     def close(self) -> None:
         """Lets go of the directory."""
@@ -98,6 +123,7 @@ def train(config: ConfigDict, run: Run) -> None:
 
     # Data.
     (examples, counts), (held, held_counts) = read_examples(config, start.tokenizer, run.date)
+    run.check_examples([*examples, *held])
     batches = Batches(examples, make_batching(config, place, config.epochs))
     steps = len(batches)
     if jax.process_index() == 0:
@@ -190,12 +216,14 @@ def open_run(config: ConfigDict) -> Run:
     data = local_path(config.data.path)
     with reading(data):
         digests = {"data": manifest.digest(data)} if data.is_file() else {}
-    new = manifest.new(config.to_dict(), digests)
+    models = {"base": config.base, "consistent.base": config.consistent.base}
+    specs = {name: ModelSpec(os.path.expandvars(path)) for name, path in models.items() if path}
+    new = manifest.new(config.to_dict(), {**digests, **identify(specs)})
     processes.check_same(new)
     lock = _lock(directory) if jax.process_index() == 0 else None
     try:
         old = manifest.read(directory)
-        if old and (changed := manifest.changed(old, new, _FREE)):
+        if old and (changed := manifest.changed(old, new, (*_FREE, _EXAMPLES))):
             raise InputError(
                 f"{directory}: holds a run of another config ({changed}); choose another output_dir"
             )

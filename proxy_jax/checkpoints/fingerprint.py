@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from proxy_jax.checkpoints import checksums
 from proxy_jax.errors import InputError
 from proxy_jax.reading import reading
 
@@ -49,8 +48,7 @@ def digest(parts: Sequence[object]) -> str:
 
 def _files(directory: Path) -> list[Path]:
     if directory.parent.name == "checkpoints" and directory.name.isdigit():
-        found = sorted(file for file in directory.rglob("*") if file.is_file())
-        return [file for file in found if file.name != checksums.FILE]  # it may come later
+        return sorted(file for file in directory.rglob("*") if file.is_file())
     return sorted(f for f in directory.iterdir() if f.suffix in _KINDS and f.is_file())
 
 

@@ -3,8 +3,10 @@
 A run of train.sft leaves manifest.json (its "config" started the run), checkpoints/STEP, and, where
 all weights are trained, model/ with config.json and the tokenizer. A checkpoint is Orbax's: one
 OCDBT store of Zarr arrays, each named by its path in the training state, of which TensorStore reads
-the parts that are asked for. Weights are below "trained", layers unrolled or stacked. They are
-compared with the checksums that the run has left (checksums.py).
+the parts that are asked for. Weights are below "trained", layers unrolled or stacked.
+
+Zarr's chunks are compressed without check sums, so that a flipped bit or a page of zeros would read
+as weights: a run leaves sums of its arrays in the checkpoint's metadata, and they are compared.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from proxy_jax.checkpoints.checksums import Checksums, store_spec
 from proxy_jax.checkpoints.names import Tensor, tensors
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
 from proxy_jax.errors import InputError
@@ -28,7 +29,9 @@ from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.reading import Fields, read_json, reason
 
 _MANIFEST, _CHECKPOINTS, _MODEL = "manifest.json", "checkpoints", "model"
-_TRAINED, _METADATA = "trained.", "/zarr.json"
+_STORE, _TRAINED, _METADATA = "state", "trained.", "/zarr.json"
+_ORBAX = "_CHECKPOINT_METADATA"
+_PIECE = 2**22  # numbers that are summed at a time
 _CACHE_ROOM = 2**20  # what a cached array takes besides its numbers; without it nothing stays
 
 
@@ -163,7 +166,7 @@ class TrainedArrays:
         self._checkpoint = checkpoint
         self._table = {tensor.name: tensor for tensor in table}
         self._layers = len({tensor.path[1] for tensor in table if tensor.path[0] == "layers"})
-        self._checksums = Checksums(checkpoint)
+        self._whole: set[str] = set()  # arrays that were compared
         self._current: tuple[str, Any] = ("", None)
 
     @property
@@ -217,7 +220,7 @@ class TrainedArrays:
     @functools.cached_property
     def _stored(self) -> dict[str, ts.TensorStore]:
         below = ts.KvStore.KeyRange(_TRAINED, _TRAINED[:-1] + "/")  # "/" comes after "."
-        store = ts.KvStore.open(store_spec(self._checkpoint))
+        store = ts.KvStore.open(self._spec)
         keys = self._try(
             "its arrays", lambda: [k.decode() for k in store.result().list(below).result()]
         )
@@ -231,10 +234,38 @@ class TrainedArrays:
         opening = {name: self._open(name) for name in names}
         return {name: self._try(name, opening[name].result) for name in names}
 
+    @property
+    def _spec(self) -> dict[str, Any]:
+        path = f"{(self._checkpoint / _STORE).absolute()}/"
+        return {"driver": "ocdbt", "base": {"driver": "file", "path": path}}
+
+    @functools.cached_property
+    def _sums(self) -> Fields | None:
+        """Check sums of the state's arrays by name, as train.checkpoint leaves them."""
+        path = self._checkpoint / _ORBAX
+        if not path.exists():
+            return None
+        custom = Fields(str(path), read_json(path)).inner("custom_metadata")
+        return custom and custom.inner("sums")
+
+    def _check(self, array: str, stored: ts.TensorStore) -> None:
+        """Compares an array with its check sum; what is read for it stays in the cache."""
+        if self._sums is None or array in self._whole:
+            return
+        total, step = 0, max(1, _PIECE // math.prod(stored.shape[1:]))
+        for start in range(0, stored.shape[0], step):
+            bits = np.ascontiguousarray(stored[start : start + step].read().result())
+            total += int(bits.view(np.uint32).sum(dtype=np.uint64))
+        if total % 2**32 != self._sums.integer(f"{_TRAINED}{array}".replace(".", "/")):
+            raise InputError(
+                f"{self._checkpoint}: array {array} is damaged, it is not what was saved"
+            )
+        self._whole.add(array)
+
     def _open(self, array: str, cache: int = 0) -> Any:
         spec = {
             "driver": "zarr3",
-            "kvstore": {**store_spec(self._checkpoint), "path": f"{_TRAINED}{array}/"},
+            "kvstore": {**self._spec, "path": f"{_TRAINED}{array}/"},
             "fill_missing_data_reads": False,  # an error, not zeros
             # What is cached does not change.
             "recheck_cached_metadata": "open",
@@ -249,11 +280,12 @@ class TrainedArrays:
         A stored piece may hold several layers, or what several devices ask for.
         """
         if self._current[0] != array:
-            self._checksums.check(f"{_TRAINED}{array}/")
             stored = self._stored[array]
             size = math.prod(stored.shape) * stored.dtype.numpy_dtype.itemsize
             self._current = ("", None)  # let go of the one before
-            self._current = (array, self._open(array, cache=size + _CACHE_ROOM).result())
+            opened = self._open(array, cache=size + _CACHE_ROOM).result()
+            self._check(array, opened)
+            self._current = (array, opened)
         return self._current[1]
 
     def _try(self, what: str, read: Callable[[], Any]) -> Any:
