@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
+import logging
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import processes
 from proxy_jax.errors import InputError
-from proxy_jax.reading import reason as reason_of
+from proxy_jax.reading import reason
 from train.step import TrainState
 
 _CANNOT_WRITE = "cannot write; the same command goes on from the last checkpoint that is whole"
@@ -50,6 +55,7 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        self._quiet = _Quiet()
         with self._failing("cannot be read"):
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory,
@@ -81,7 +87,7 @@ class Checkpoints:
                 _storable(state),
                 force=True,
                 metrics=None if loss is None else {"loss": loss},
-                custom_metadata={"data": data},
+                custom_metadata={"data": data, "sums": _sums(state)},
             )
 
     def restore(self, like: TrainState, data: Any) -> tuple[TrainState, str]:
@@ -104,14 +110,14 @@ class Checkpoints:
         )
         damaged: dict[int, str] = {}
         for step in sorted((c.step for c in self._checkpointer.checkpoints), reverse=True):
-            state, reason = self._load(step, abstract, data)
+            state, problem = self._load(step, abstract, data)
             if state is None:
-                damaged[step] = reason
+                damaged[step] = problem
                 continue
             moved = [
-                f"checkpoint {self._directory / str(later)} is damaged ({reason}), renamed to "
+                f"checkpoint {self._directory / str(later)} is damaged ({why}), renamed to "
                 f"{self._set_aside(later)}"
-                for later, reason in damaged.items()
+                for later, why in damaged.items()
             ]
             if moved:
                 self._checkpointer.reload()
@@ -125,26 +131,25 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: Any, data: Any) -> tuple[TrainState | None, str]:
         """The state after a step, or none and why; the same answer in every process."""
-        state, reason = None, ""
+        state, problem = None, ""
         try:
             stored = self._checkpointer.load(step, abstract)
             metadata = self._checkpointer.metadata(step).custom_metadata
             data.set_state(metadata["data"])
             key = jax.random.wrap_key_data(stored.pop("key"))
             restored = TrainState(**stored, key=key)
-            if int(restored.step) == step:
-                state = restored
-            else:  # what is lost may be read as zeros
-                reason = f"it has step {int(restored.step)}"
+            if changed := _differs(metadata["sums"], _sums(restored)):
+                raise ValueError(f"{changed} is not what was saved")
+            state = restored
         except Exception as error:  # of Orbax, TensorStore, or what is made of their files
             if processes.lost(error):
                 raise
-            reason = reason_of(error)
+            problem = _cause(error)
         if jax.process_count() > 1:
             whole = multihost_utils.process_allgather(np.bool_(state is not None))
             if state is not None and not whole.all():
-                state, reason = None, "another process cannot read it"
-        return state, reason
+                state, problem = None, "another process cannot read it"
+        return state, problem
 
     def _set_aside(self, step: int) -> str:
         """Renames a damaged checkpoint; its new name."""
@@ -166,7 +171,7 @@ class Checkpoints:
         except Exception as error:
             if processes.lost(error):
                 raise
-            raise InputError(f"{self._directory}: {what} ({reason_of(error)})") from error
+            raise InputError(f"{self._directory}: {what} ({_cause(error)})") from error
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -176,11 +181,70 @@ class Checkpoints:
         if not processes.lost(error):
             with self._failing(_CANNOT_WRITE):
                 self._checkpointer.close()
+        if error is None:
+            self._quiet.end()
 
 
 def _storable(state: TrainState) -> dict[str, Any]:
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     return fields | {"key": jax.random.key_data(state.key)}
+
+
+def _sums(state: TrainState) -> dict[str, int]:
+    """Check sums of the arrays by name; they do not depend on the mesh."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(_storable(state))
+    sums = jax.device_get(_sum_bits([leaf for _, leaf in leaves]))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): int(total)
+        for (path, _), total in zip(leaves, sums, strict=True)
+    }
+
+
+@jax.jit
+def _sum_bits(arrays: list[jax.Array]) -> list[jax.Array]:
+    """Each array's bits as 32-bit integers, summed modulo 2^32: any one that flips shows."""
+    return [jnp.sum(jax.lax.bitcast_convert_type(x, jnp.uint32), dtype=jnp.uint32) for x in arrays]
+
+
+def _differs(saved: dict[str, int], restored: dict[str, int]) -> str | None:
+    return next((name for name in restored if restored[name] != saved.get(name)), None)
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong first, without the settings that TensorStore appends."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {reason(error)}".split(" [")[0]
+
+
+class _Quiet:
+    """Keeps Orbax's threads and tasks from printing errors, which are raised besides.
+
+    They do so late: after an error it must not end.
+    """
+
+    def __init__(self) -> None:
+        self._loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+        self._disabled = [logger.disabled for logger in self._loggers]
+        for logger in self._loggers:
+            logger.disabled = True
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._print_others
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+    def end(self) -> None:
+        """Lets them print again."""
+        for logger, disabled in zip(self._loggers, self._disabled, strict=True):
+            logger.disabled = disabled
+        sys.unraisablehook = self._hook
+        self._warnings.__exit__(None, None, None)
+
+    def _print_others(self, unraisable: sys.UnraisableHookArgs) -> None:
+        # What TensorStore still reads when a load has failed finds its loop closed.
+        closed = str(unraisable.exc_value) == "Event loop is closed"
+        if not (closed or inspect.iscoroutine(unraisable.object)):
+            self._hook(unraisable)
 
 
 class Preemption:
