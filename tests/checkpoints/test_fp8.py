@@ -52,7 +52,7 @@ def write(
         if not key.endswith("proj.weight"):
             stored[key], expected[key] = weight, weight.numpy()
             continue
-        side = tuple(b or size for b, size in zip(block, weight.shape, strict=True))
+        side = block[0] or weight.shape[0], block[1] or weight.shape[1]
         values, scale = quantised(weight, side)
         stored[key] = values
         stored[key + ending] = scale if scale.numel() > 1 else scale.reshape(())
