@@ -66,6 +66,6 @@ def _example(index: int, row: Row) -> Example:
     fields = {
         "instruction": prompt.text,
         "reference": row.text("output", empty=True),
-        "dataset": row.fields.get("dataset"),
+        "dataset": row.string("dataset", default=None),
     }
     return Example(str(index), prompt, prompt, fields)

@@ -10,6 +10,7 @@ numbers. The published extraction reads no sign before an integer.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 
@@ -79,7 +80,8 @@ def _example(index: int, row: Row, published: bool) -> Example:
     question = row.text("question").strip()
     rationale, mark, answer = row.text("answer").rpartition("####")
     answer = answer.strip().replace(",", "")
-    if not mark or _number(answer) is None:
+    number = _number(answer)
+    if not mark or number is None or not math.isfinite(number):
         raise InputError(f"{row.where}: answer does not end in '#### ' and a number")
     text = f"Question: {question}"
     if published:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from decode.tasks import code
 from decode.tasks.execution import Limits, run_programs
 from decode.tasks.task import Example, Form, Scored, Task
+from proxy_jax.errors import InputError
 from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
@@ -49,4 +50,8 @@ def _example(row: Row, form: Form) -> Example:
     text = row.text("prompt")
     prompt = Prompt(text if form == "published" else text.rstrip())
     fields = {"test": row.text("test"), "entry_point": row.text("entry_point")}
+    if not fields["entry_point"].isidentifier():
+        raise InputError(f"{row.where}: entry_point must be a name, not {fields['entry_point']!r}")
+    if "def check(" not in fields["test"]:
+        raise InputError(f"{row.where}: test has no check")
     return Example(row.text("task_id"), prompt, prompt, fields)

@@ -20,6 +20,7 @@ from decode.tasks.task import (
     one_by_one,
 )
 from proxy_jax.errors import InputError
+from proxy_jax.reading import shown
 from proxy_jax.rows import Row, read_rows
 from proxy_jax.tokenization import Prompt
 
@@ -51,15 +52,19 @@ def _example(row: Row) -> Example:
     options = [option.strip() for option in row.texts("choices")]
     while options and not options[-1]:
         options.pop()
+    if len(options) > len(choices.LETTERS):
+        raise InputError(
+            f"{row.where}: {len(options)} choices are more than the {len(choices.LETTERS)} letters"
+        )
     letters = choices.LETTERS[: len(options)]
     answer = row.field("answer")
     if isinstance(answer, list) and len(answer) == 1:
         (answer,) = answer
     indices = [str(i) for i in range(len(options))]
-    if str(answer) not in indices:
+    if not isinstance(answer, str | int) or str(answer) not in indices:
         raise InputError(
             f"{row.where}: answer must be the index of one of {len(options)} choices, "
-            f"not {answer!r}"
+            f"not {shown(answer)}"
         )
     right = letters[indices.index(str(answer))]
     text = choices.question_with_options(question, options)

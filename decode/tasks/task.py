@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from decode.requests import Options
 from decode.sampling import Sampling, Truncation
 from decode.tasks.statistics import Estimate, estimate
 from proxy_jax.errors import InputError
+from proxy_jax.reading import shown
+from proxy_jax.rows import Row
 from proxy_jax.tokenization import Prompt
 
 Form = Literal["published", "clean"]
@@ -174,6 +177,25 @@ class Task:
             if example.id in seen:
                 raise InputError(f"{self.name}: two examples are called {example.id!r}")
             seen.add(example.id)
+
+
+def example_id(row: Row, *names: str, default: int | None = None) -> str:
+    """Reads the id of an example, a string or a number.
+
+    Args:
+      names: of the field; the first that is there and not empty.
+      default: where none is.
+
+    Raises:
+      InputError: it is something else, or there is none and no default.
+    """
+    value = next((v for name in names if (v := row.fields.get(name)) not in (None, "")), default)
+    finite = isinstance(value, float) and math.isfinite(value)
+    if isinstance(value, bool) or not (isinstance(value, str | int) or finite):
+        raise InputError(
+            f"{row.where}: {names[0]} must be a string or a number, not {shown(value)}"
+        )
+    return str(value)
 
 
 def one_by_one(

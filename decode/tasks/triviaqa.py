@@ -15,8 +15,10 @@ from decode.tasks.task import (
     Metric,
     Scored,
     Task,
+    example_id,
     one_by_one,
 )
+from proxy_jax.errors import InputError
 from proxy_jax.rows import Hub, Row, read_rows
 from proxy_jax.tokenization import Prompt
 
@@ -57,5 +59,7 @@ def _example(index: int, row: Row) -> Example:
     else:
         answers = row.part("answer", "Answer").texts("aliases", "Aliases")
     prompt = Prompt(f"Question: {question}\n", response_prefix="Answer:")
-    name = row.fields.get("question_id") or row.fields.get("QuestionId") or index
-    return Example(str(name), prompt, prompt, {"question": question, "answers": answers})
+    if not any(answer.strip() for answer in answers):
+        raise InputError(f"{row.where}: answers are all empty")
+    name = example_id(row, "question_id", "QuestionId", default=index)
+    return Example(name, prompt, prompt, {"question": question, "answers": answers})
