@@ -254,7 +254,8 @@ class TrainedArrays:
             return
         total, step = 0, max(1, _PIECE // math.prod(stored.shape[1:]))
         for start in range(0, stored.shape[0], step):
-            bits = np.ascontiguousarray(stored[start : start + step].read().result())
+            stop = min(start + step, stored.shape[0])
+            bits = np.ascontiguousarray(stored[start:stop].read().result())
             total += int(bits.view(np.uint32).sum(dtype=np.uint64))
         if total % 2**32 != self._sums.integer(f"{_TRAINED}{array}".replace(".", "/")):
             raise InputError(

@@ -345,6 +345,25 @@ def test_a_broken_run(full, tmp_path, stored, change, message):
     assert "\n" not in str(raised.value)
 
 
+@BOTH
+def test_a_flipped_bit_is_no_weight(full, tmp_path, stored):
+    """The stored numbers have no check sums of their own: of some flips the reader knows nothing."""
+    run = shutil.copytree(full.paths[stored], tmp_path / "run")
+    files = (run / "checkpoints" / str(LAST) / "state").rglob("d/*")
+    file = max(files, key=lambda file: file.stat().st_size)
+    whole, random = file.read_bytes(), np.random.default_rng(0)
+    said = []
+    for _ in range(30):
+        content = bytearray(whole)
+        content[random.integers(len(whole))] ^= 1 << random.integers(8)
+        file.write_bytes(content)
+        try:
+            assert_same(full.load(run), full.saved[LAST])
+        except InputError as error:
+            said.append(str(error))
+    assert any("is damaged, it is not what was saved" in line for line in said)
+
+
 def test_a_checkpoint_that_goes_away(full, tmp_path):
     """A run that still trains removes its old checkpoints."""
     run = shutil.copytree(full.paths[False], tmp_path / "run")
