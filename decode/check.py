@@ -9,6 +9,8 @@ one line if the job cannot run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 import launch
@@ -27,7 +29,7 @@ def main(config: ConfigDict) -> None:
     job.stacked_layers(config)  # refuses what it does not know
     trio = open_trio(specs)
     print_models(trio)
-    print_vocabulary(trio)
+    print_vocabulary(trio, trio.eos_ids() if options.eos_ids is None else options.eos_ids)
     if config.prompts.path:
         rows = job.read_prompts(config)
     else:
@@ -64,8 +66,8 @@ def print_models(trio: Trio) -> None:
         )
 
 
-def print_vocabulary(trio: Trio) -> None:
-    """How the tokenizers agree."""
+def print_vocabulary(trio: Trio, ends: Sequence[int]) -> None:
+    """Prints how the tokenizers agree, and the tokens that end a text, by id and name."""
     vocabulary = trio.vocabulary
     print(f"\nvocabulary\n  {vocabulary.size} rows, {vocabulary.tokens} tokens")
     print(f"  {int(vocabulary.shared.sum())} ids shared by all roles; only these get the offset")
@@ -75,7 +77,8 @@ def print_vocabulary(trio: Trio) -> None:
         print(f"  {role}: {len(moved)} moved{examples}, {vocabulary.absent[role]} absent")
     for role, padding in vocabulary.padding.items():
         print(f"  {role}: {padding} padding rows, masked")
-    print(f"  texts end at {', '.join(f'{i} {words(i)!r}' for i in trio.eos_ids()) or 'no id'}")
+    names = [f"{i} {words(i)!r}" if 0 <= i < vocabulary.size else f"{i}, no id" for i in ends]
+    print(f"  texts end at {', '.join(names) or 'no id'}")
 
 
 def print_prompts(trio: Trio, prompt: Prompt) -> None:

@@ -28,6 +28,7 @@ from decode.trace import Trace
 from proxy_jax.errors import InputError
 from proxy_jax.reading import reading, shown
 from proxy_jax.rows import read_whole_lines
+from proxy_jax.tokenization import encode
 
 Parse = Literal["published", "strict"]
 
@@ -78,7 +79,7 @@ class Words:
         return Record(prompt, tuple(ids), words, tuple(self._pieces(prompt, ids)), trace)
 
     def _pieces(self, prompt: str, ids: Sequence[int]) -> Iterator[str]:
-        context = self.tokenizer(prompt)["input_ids"][-_CONTEXT:]
+        context = encode(self.tokenizer, prompt)[-_CONTEXT:]
         whole = [*context, *ids]
         first, done = 0, len(context)
         for end in range(done + 1, len(whole) + 1):

@@ -41,7 +41,7 @@ from decode.score import Passage, Scorer
 from proxy_jax.errors import InputError
 from proxy_jax.reading import Fields, reading, shown
 from proxy_jax.sharding import Placement
-from proxy_jax.tokenization import Prompt
+from proxy_jax.tokenization import Prompt, encode
 from proxy_jax.trio import ROLES, Role, open_trio
 
 _GENERATION = (
@@ -191,11 +191,14 @@ class ProxyLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Ids of a text; without a flag, the tokenizer's BOS is not doubled."""
+        """Gives the ids of a text, never with an EOS that it does not spell out.
+
+        Without a flag, the tokenizer's BOS is not doubled.
+        """
         if add_special_tokens is None:
             begin = self.tokenizer.decode(self.prefix_token_id)
             add_special_tokens = not string.startswith(begin)
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        return encode(self.tokenizer, string, special=add_special_tokens)
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False

@@ -30,7 +30,7 @@ from proxy_jax.combine import combine
 from proxy_jax.errors import InputError
 from proxy_jax.models.decoder import Params, hidden_states, unembed
 from proxy_jax.reading import Fields
-from proxy_jax.tokenization import Prompt
+from proxy_jax.tokenization import Prompt, encode
 from proxy_jax.trio import LoadedTrio, Pass, Role, Trio
 
 # Tokens, on each of the devices that the batch is cut over.
@@ -265,7 +265,7 @@ def make_passages(trio: Trio, pairs: Sequence[tuple[str | Prompt, str]]) -> list
         prompt = dataclasses.replace(prompt, **{part: text.rstrip()})
         context = prompt.text + prompt.response_prefix
         whole = context + text[len(text.rstrip()) :] + continuation
-        before, ids = (trio.tokenizer(t)["input_ids"] for t in (context, whole))
+        before, ids = (encode(trio.tokenizer, text) for text in (context, whole))
         passages.append(Passage(trio.encode(prompt), ids[len(before) :]))
     return passages
 

@@ -32,8 +32,8 @@ def reading(where: object, what: str = "cannot be read") -> Iterator[None]:
       what: is wrong with it, should reading fail: "not JSON", "cannot be read".
 
     Raises:
-      InputError: in place of any other error, also RecursionError and MemoryError; not of an
-        interrupt or an exit.
+      InputError: in place of any other error, also RecursionError, MemoryError and a panic in
+        Rust; not of an interrupt or an exit.
     """
     try:
         yield
@@ -41,7 +41,10 @@ def reading(where: object, what: str = "cannot be read") -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{where}: {error.strerror or reason(error)}") from error
-    except Exception as error:  # whatever a library makes of a file
+    except BaseException as error:  # whatever a library makes of a file
+        # A panic of one that is written in Rust is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InputError(f"{where}: {what} ({reason(error)})") from error
 
 

@@ -3,18 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+import re
 import string
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from proxy_jax.errors import InputError
+from proxy_jax.reading import Fields, read_json, read_text, reading, shown
+from proxy_jax.templates import render_chat
 
 # Fewer shared ids than this share of the base tokenizer means another tokenizer, not a variant.
 MIN_SHARED = 0.9
+_MOST_TOKENS = 2**24  # an id beyond is damage: the largest vocabularies have 2**18 tokens
 _FIELDS = {"prompt", "system", "response_prefix"}
+_WIDEST = 5  # digits of a width in a format string
+
+_TOKENIZER_JSON = "tokenizer.json"
+_JSON_FILES = (
+    "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# Texts that tokenizers which split, normalise or add differently encode differently.
+_PROBES = (
+    "",
+    "In 2023 we paid $1415926 (not 271): 3.14, 1,000,000 and 0x1F.",
+    "I'll say it's what they'd've done; WE'RE SURE HE'LL DO WHAT SHE'D DONE, I'M NOT.",
+    " one space,  two,   three,\ttab,\t\ttabs , and the end  ",
+    "a line\nanother\n\na paragraph\r\nand\r\n\r\n\n\n  indented\n\t\n",
+    "naïve café, Ångström, cafe\u0301, ﬁne ½ ² Ⅷ, ĳ, ß, ŉ",
+    "日本語のテキスト、中文字符，한국어 텍스트, العربية, हिन्दी, ไทย, עברית",
+    "😀👩\u200d👩\u200d👧🇫🇷 ✓→∞ \u200b\u00a0\ufeff\u3000x",
+    "def f(x_1: int) -> str:\n    return f'{x_1!r}'  # \\n\n\n\nclass A:\n\tf(**{})\n",
+    '<b>HTML</b> &amp; https://example.org/a_b?c=d#e -- x@y.z --- ... !!! ``` [[ ]] "q"',
+    "word Word WORD wordWord word_word re-word 1word word1 ▁word Ġword",
+)
+_PROBED_TOKENS = 64  # of the added ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,17 +78,20 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
     A tokenizer may have tokens that its model has no row for (of images, say): they are not valid.
 
     Raises:
-      InputError: two tokenizers that share too few ids.
+      InputError: two tokenizers that share too few ids, or a base without tokens.
     """
     base, *others = tokenizers
-    words = {role: _words(tokenizer) for role, tokenizer in tokenizers.items()}
-    ours = _sized(words[base], sizes[base])
+    ids = {role: tokenizer.get_vocab() for role, tokenizer in tokenizers.items()}
+    counts = {role: max(by_word.values(), default=-1) + 1 for role, by_word in ids.items()}
+    ours = _words(ids[base], sizes[base])
     # What a model has no row for cannot be fed to it, so it cannot be generated.
     valid = _present(ours) & (np.arange(sizes[base]) < min(sizes.values()))
+    if not valid.any():
+        raise InputError(f"{base}: its tokenizer has no token that the models have rows for")
     shared, tokens = valid, int(valid.sum())
     moved, absent = {}, {}
     for role in others:
-        theirs = _sized(words[role], sizes[base])
+        theirs = _words(ids[role], sizes[base])
         same = valid & (ours == theirs)
         elsewhere = valid & ~same & _present(theirs)
         moved[role] = tuple(int(i) for i in np.flatnonzero(elsewhere))
@@ -75,45 +106,176 @@ def align(tokenizers: Mapping[str, Any], sizes: Mapping[str, int]) -> Vocabulary
         shared = shared & same
     return Vocabulary(
         size=sizes[base],
-        tokens=min(len(words[base]), sizes[base]),
+        tokens=min(counts[base], sizes[base]),
         valid=valid,
         shared=shared,
         moved=moved,
         absent=absent,
-        padding={role: max(0, sizes[role] - len(found)) for role, found in words.items()},
+        padding={role: max(0, sizes[role] - count) for role, count in counts.items()},
     )
 
 
-def _words(tokenizer: Any) -> list[str | None]:
-    """Tokens by id; None where a tokenizer leaves an id out."""
-    by_id = {i: word for word, i in tokenizer.get_vocab().items()}
-    return [by_id.get(i) for i in range(max(by_id) + 1)]
+def check_ids(ids: Iterable[int], rows: int, where: object, what: str) -> None:
+    """Refuses ids that no row of an embedding belongs to.
+
+    Args:
+      ids: to look at.
+      rows: of the embedding.
+      where, what: the file and the field that the ids come from.
+
+    Raises:
+      InputError: names the file, the field and the id.
+    """
+    for i in ids:
+        if not 0 <= i < rows:
+            raise InputError(
+                f"{where}: {what} {shown(i)} is out of range, at least 0 and below {rows}"
+            )
+
+
+def _words(ids: Mapping[str, int], size: int) -> np.ndarray:
+    """[size] of objects: tokens by id; None where a tokenizer leaves an id out."""
+    words = np.full(size, None, dtype=object)
+    for word, i in ids.items():
+        if i < size:
+            words[i] = word
+    return words
 
 
 def _present(words: np.ndarray) -> np.ndarray:
     return np.asarray([word is not None for word in words], bool)
 
 
-def _sized(words: list[str | None], size: int) -> np.ndarray:
-    """[size] of objects, cut or filled with None."""
-    sized = np.full(size, None, dtype=object)
-    sized[: len(words)] = words[:size]
-    return sized
-
-
 def open_tokenizer(location: str | Path) -> Any:
-    """The transformers tokenizer of a directory or hub id.
+    """Opens the transformers tokenizer of a directory or hub id.
+
+    Where there is a tokenizer.json, it says all that makes ids. transformers guesses a class from
+    config.json and tokenizer_config.json, and some classes put a pre-tokenizer or tokens of their
+    own in place of the file's. Which tokens are special, the chat template and other settings are
+    read from the files beside it either way.
 
     Raises:
-      InputError: there is none, or it cannot be read.
+      InputError: there is none, or it cannot be read; also a BOS or EOS that is no token.
     """
-    from transformers import AutoTokenizer
+    from huggingface_hub import snapshot_download
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
-        return AutoTokenizer.from_pretrained(location)
-    except Exception as error:  # whatever a broken or absent tokenizer makes it raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{location}: no readable tokenizer ({reason})") from error
+    path = Path(location)
+    with reading(location, "no readable tokenizer"):
+        if not path.is_dir():
+            path = Path(snapshot_download(str(location), allow_patterns=_HUB_FILES))
+        _check_files(path)
+        # Asks nobody whether to run code that comes with the files.
+        settings = {"trust_remote_code": False}
+        file = path / _TOKENIZER_JSON
+        if not file.exists():
+            return AutoTokenizer.from_pretrained(path, **settings)
+        with reading(file, "not a tokenizer"):
+            content = read_text(file)
+            backend = Tokenizer.from_str(content)
+            added = json.loads(content).get("added_tokens") or ()
+        ids = backend.get_vocab(with_added_tokens=True)
+        _check_ids_of(file, ids, added)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, **settings)
+            if tokenizer.get_vocab() == ids and _encodes_alike(tokenizer, backend):
+                return tokenizer
+        except Exception:  # an unknown class, say; the file needs none
+            pass
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        for name in ("bos_token", "eos_token"):
+            token = getattr(tokenizer, name)
+            if token is not None and token not in ids:
+                raise InputError(f"{path}: {name} {token!r} is no token of {_TOKENIZER_JSON}")
+        if not _encodes_alike(tokenizer, backend):
+            raise InputError(f"{file}: the files beside it change what it says about ids")
+        return tokenizer
+
+
+def _check_ids_of(file: Path, ids: Mapping[str, int], added: Iterable[Mapping[str, Any]]) -> None:
+    """Refuses a tokenizer.json without tokens, or with ids that no model has, doubled or ignored.
+
+    Args:
+      file: its path.
+      ids: of all tokens, as the tokenizers library gives them.
+      added: the entries of its added_tokens.
+    """
+    if not ids:
+        raise InputError(f"{file}: has no tokens")
+    check_ids(ids.values(), _MOST_TOKENS, file, "token id")
+    if len(set(ids.values())) < len(ids):
+        raise InputError(f"{file}: two tokens have one id")
+    for entry in added:  # the library numbers them on, whatever they say
+        token, i = entry["content"], entry["id"]
+        if ids.get(token, i) != i:
+            raise InputError(
+                f"{file}: added token {shown(token)} has id {i}, expected {ids[token]}"
+            )
+
+
+def _check_files(path: Path) -> None:
+    """Refuses settings of a tokenizer that are no JSON, or name ids that no model has."""
+    for file in (path / name for name in _JSON_FILES if (path / name).exists()):
+        fields = Fields(str(file), read_json(file))
+        if file.name == "added_tokens.json":
+            ids = [fields.integer(token) for token in fields.fields]
+        else:  # tokenizer_config.json has it
+            added = fields.inner("added_tokens_decoder")
+            with reading(file, "added_tokens_decoder is not by id"):
+                ids = [int(i) for i in added.fields] if added else []
+        check_ids(ids, _MOST_TOKENS, file, "token id")
+    for pattern in ("*.jinja", "additional_chat_templates/*.jinja"):
+        for template in path.glob(pattern):
+            read_text(template)
+
+
+def _encodes_alike(tokenizer: Any, backend: Any) -> bool:
+    """Whether a transformers tokenizer makes the ids and texts that a tokenizer.json makes."""
+    backend.no_padding(), backend.no_truncation()  # as transformers does at every call
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    for text in _probes(backend):
+        for special in (True, False):
+            expected = backend.encode(text, add_special_tokens=special).ids
+            encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+            if encoded["input_ids"] != expected:
+                return False
+        text = tokenizer.decode(expected, clean_up_tokenization_spaces=False)
+        if text != backend.decode(expected, skip_special_tokens=False):
+            return False
+    return True
+
+
+def _probes(backend: Any) -> Iterator[str]:
+    yield from _PROBES
+    for _, token in sorted(backend.get_added_tokens_decoder().items())[:_PROBED_TOKENS]:
+        yield f"a{token.content}b {token.content} c\n{token.content}"
+
+
+def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
+    """Gives the ids of a text that goes on: nothing that a tokenizer adds behind it is among them.
+
+    A context that ended with an EOS would be one that is over.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      text: an EOS that it spells out itself stays.
+      special: with the tokens, mostly a BOS, that the tokenizer puts before a text.
+
+    Raises:
+      InputError: something that is no text, as half of a surrogate pair.
+    """
+    with reading(f"text {shown(text)}", "cannot be tokenised"):
+        text.encode()
+        if not special:
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
+        ids, added = encoded["input_ids"], encoded["special_tokens_mask"]
+        if all(added):  # no text: only that of another tells what stands before it
+            added = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+            return ids[: len(list(itertools.takewhile(bool, added)))]
+    end = max(place for place, is_added in enumerate(added) if not is_added) + 1
+    return ids[:end]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +313,7 @@ class Template:
     def __post_init__(self):
         if self.spec in ("raw", "chat", "reference"):
             return
-        try:
-            parsed = {field for _, field, _, _ in string.Formatter().parse(self.spec)}
-            fields = parsed - {None}
-            if fields <= _FIELDS:
-                self.spec.format_map(dict.fromkeys(_FIELDS, ""))  # the rest of the syntax
-        except ValueError as error:
-            raise InputError(f"template {self.spec!r}: {error}") from error
+        fields = format_fields(self.spec, f"template {self.spec!r}")
         if "prompt" not in fields or fields - _FIELDS:
             raise InputError(
                 f"template {self.spec!r} is not raw, chat, reference or a format string with "
@@ -179,14 +335,14 @@ class Template:
           role: named in errors.
 
         Raises:
-          InputError: no chat template, or a template that repeats what the tokenizer adds itself.
+          InputError: no chat template, one that fails, or a template that repeats what the
+            tokenizer adds itself.
         """
         if self.spec == "chat":
-            text = _chat(prompt, own_tokenizer, role)
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+            return encode(tokenizer, _chat(prompt, own_tokenizer, role), special=False)
         text = self.render(prompt, tokenizer)
         bos = tokenizer.bos_token
-        ids = tokenizer(text)["input_ids"]
+        ids = encode(tokenizer, text)
         if bos and text.startswith(bos) and ids[:2] == [tokenizer.bos_token_id] * 2:
             raise InputError(
                 f"{role}: its template starts with {bos!r}, which the tokenizer adds itself"
@@ -205,6 +361,32 @@ class Template:
         return text if "{response_prefix}" in self.spec else text + prompt.response_prefix
 
 
+def format_fields(spec: str, where: object) -> set[str]:
+    """Gives the names that a format string fills in.
+
+    Args:
+      spec: the format string.
+      where: how errors name it.
+
+    Raises:
+      InputError: no format string for texts, or one that asks for more than a text by its name,
+        as an attribute or a width beyond all sense.
+    """
+    with reading(where, "not a format string"):
+        spec.encode()  # half of a surrogate pair cannot be tokenised
+        fields = set()
+        for _, field, layout, _ in string.Formatter().parse(spec):
+            if field is None or layout is None:  # text between fields
+                continue
+            if not field or field.isdigit() or "." in field or "[" in field:
+                raise InputError(f"{where}: {{{field}}} is not the name of a field")
+            if "{" in layout or any(len(n) > _WIDEST for n in re.findall(r"\d+", layout)):
+                raise InputError(f"{where}: {{{field}:{layout}}} is not a layout for a text")
+            fields.add(field)
+        spec.format_map(dict.fromkeys(fields, ""))  # the rest of the syntax
+    return fields
+
+
 def _chat(prompt: Prompt, tokenizer: Any, role: str) -> str:
     if not tokenizer.chat_template:
         raise InputError(f"{role}: template is 'chat', but its tokenizer has no chat template")
@@ -213,7 +395,7 @@ def _chat(prompt: Prompt, tokenizer: Any, role: str) -> str:
     messages = [{"role": "user", "content": question}]
     if prompt.system:
         messages.insert(0, {"role": "system", "content": prompt.system})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, messages, role, add_generation_prompt=True)
     if prompt.response_prefix and not text[-1:].isspace():
         text += " "
     return text + prompt.response_prefix.lstrip()
@@ -225,7 +407,7 @@ def _reference(prompt: Prompt, tokenizer: Any) -> str:
     It decodes the base prompt, deletes every occurrence of the response prefix, and joins three
     parts by single spaces. The system prompt follows [INST] without a space.
     """
-    ids = tokenizer(prompt.text + prompt.response_prefix)["input_ids"]
+    ids = encode(tokenizer, prompt.text + prompt.response_prefix)
     text = tokenizer.decode(ids, skip_special_tokens=True)
     if prompt.response_prefix:
         text = text.replace(prompt.response_prefix.strip(), "").rstrip()

@@ -28,7 +28,7 @@ from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.lora import beside_nothing
 from proxy_jax.sharding import Placement, make_mesh
-from proxy_jax.tokenization import Prompt, Template, Vocabulary, align
+from proxy_jax.tokenization import Prompt, Template, Vocabulary, align, check_ids
 
 Role = str
 ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
@@ -127,13 +127,20 @@ class Trio:
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of every member's files and tokenizer.
 
-        An id that is another token in M's tokenizer than in the member's ends nothing.
+        An id ends nothing if no text can have it, or if it is another token in M's tokenizer than
+        in the member's.
+
+        Raises:
+          InputError: an id that the member itself has no row for.
         """
-        found: set[int] = set()
+        ends: set[int] = set()
         for role, member in self.members.items():
-            ids = {*member.checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
-            found |= ids.difference(self.vocabulary.moved.get(role, ()))
-        return tuple(sorted(found))
+            checkpoint, rows = member.checkpoint, member.config.vocab_size
+            ids = {*checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
+            check_ids(ids, rows, checkpoint.path, "eos_token_id")
+            ends |= ids.difference(self.vocabulary.moved.get(role, ()))
+        valid = self.vocabulary.valid
+        return tuple(sorted(i for i in ends if i < len(valid) and valid[i]))
 
     def passes(self, plan: Plan) -> tuple[Pass, ...]:
         """The forward passes of a plan, M's first.
@@ -247,7 +254,9 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
         {role: member.tokenizer for role, member in members.items()},
         {role: member.config.vocab_size for role, member in members.items()},
     )
-    return Trio(members, vocabulary)
+    trio = Trio(members, vocabulary)
+    trio.eos_ids()  # refuses those that are none
+    return trio
 
 
 def _resolve(spec: ModelSpec) -> ModelSpec:

@@ -16,7 +16,7 @@ from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, init, logical_axes, stack_layers
 from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.sharding import Placement, is_axes
-from proxy_jax.tokenization import open_tokenizer
+from proxy_jax.tokenization import check_ids, open_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ def open_start(config: ConfigDict) -> Start:
         checkpoint = open_checkpoint(os.path.expandvars(config.base))
         model = model_config(checkpoint)
         tokenizer = _with_template(checkpoint.tokenizer(), config.data.chat_template)
+        check_ids(checkpoint.eos_ids, model.vocab_size, checkpoint.path, "eos_token_id")
         return Start(model, tokenizer, checkpoint.eos_ids, checkpoint)
     if config.lora.rank:
         raise InputError("lora.rank is set, but random weights leave nothing to adapt; use base")
@@ -79,9 +80,10 @@ def open_start(config: ConfigDict) -> Start:
         raise InputError("tokenizer is empty: which one goes with the architecture?")
     model = config_from_hf(architecture, "architecture")
     tokenizer = open_tokenizer(os.path.expandvars(config.tokenizer))
-    if len(tokenizer) > model.vocab_size:
+    tokens = max(tokenizer.get_vocab().values(), default=-1) + 1  # len() skips gaps
+    if tokens > model.vocab_size:
         raise InputError(
-            f"tokenizer has {len(tokenizer)} tokens, architecture.vocab_size is {model.vocab_size}"
+            f"tokenizer has {tokens} tokens, architecture.vocab_size is {model.vocab_size}"
         )
     return Start(model, _with_template(tokenizer, config.data.chat_template))
 
