@@ -247,9 +247,7 @@ def write_trio(
     for role, model in members.items():
         model.save_pretrained(paths[role])
         given[role].save_pretrained(paths[role])
-    # Read back: transformers adds a token of its own to the tokenizers of some families.
-    stored = {role: transformers.AutoTokenizer.from_pretrained(paths[role]) for role in members}
-    return TinyTrio(paths, members, stored, templates or {})
+    return TinyTrio(paths, members, given, templates or {})
 
 
 def warp(change: Any, scores: Scores, context: Sequence[int] = ()) -> Scores:
