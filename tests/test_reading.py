@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from tokenizers import Tokenizer, models
 
 from proxy_jax.errors import InputError
 from proxy_jax.reading import Fields, parse_json, read_json, reading, reason, shown
@@ -33,6 +34,20 @@ def test_an_error_that_cannot_say_what_it_is():
             raise ValueError
 
     assert reason(MuteError()) == "MuteError"
+
+
+def test_a_panic_of_a_library_in_rust_is_one_line():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    content = json.loads(tokenizer.to_str())
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "b", "type_id": 0}}],
+        "pair": [],
+        "special_tokens": {},
+    }
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    with pytest.raises(InputError, match=r"^t: broken \("), reading("t", "broken"):
+        tokenizer.encode("a")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])

@@ -1,12 +1,16 @@
 """How vocabularies are compared, and what each template feeds a model."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from proxy_jax.errors import InputError
-from proxy_jax.tokenization import Prompt, Template, align
+from proxy_jax.tokenization import Prompt, Template, align, encode
 from proxy_jax.trio import ModelSpec, open_trio
-from tests.trios import BOS, make_model, make_tokenizer, write_trio
+from tests.trios import BOS, EOS, PAD, make_model, make_tokenizer, write_trio
 
 
 def test_report_of_equal_tokenizers():
@@ -72,6 +76,28 @@ def test_another_tokenizer_is_refused():
             {"base": make_tokenizer(), "expert": make_tokenizer(drop=40)},
             {"base": 300, "expert": 300},
         )
+
+
+def test_an_id_far_from_the_others():
+    """What is made is of the size of the model, not of the id."""
+    ids = make_tokenizer().get_vocab() | {"<far>": 3 * 10**8}
+
+    class Far:
+        def get_vocab(self):
+            return ids
+
+    vocabulary = align({"base": make_tokenizer(), "expert": Far()}, {"base": 304, "expert": 302})
+    np.testing.assert_array_equal(vocabulary.shared, np.arange(304) < 300)
+    assert vocabulary.padding == {"base": 4, "expert": 0}
+
+
+def test_a_base_without_tokens():
+    class Empty:
+        def get_vocab(self):
+            return {}
+
+    with pytest.raises(InputError, match="base: its tokenizer has no token"):
+        align({"base": Empty(), "expert": make_tokenizer()}, {"base": 300, "expert": 300})
 
 
 def test_tokenizer_larger_than_its_model():
@@ -171,12 +197,67 @@ def test_double_bos():
     assert ids.count(BOS) == 1
 
 
+def adding_eos():
+    """A tokenizer that puts BOS before a text and EOS behind it, and one that puts BOS alone."""
+    both = make_tokenizer()
+    both._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert both("one")["input_ids"][-1] == EOS
+    return both, make_tokenizer(bos=True)
+
+
+@pytest.mark.parametrize("text", ["one", "one two</s>", "</s>", "one</s></s>", "", "é ü"])
+def test_nothing_is_put_behind_a_text(text):
+    both, bos = adding_eos()
+    assert encode(both, text) == bos(text)["input_ids"]
+    assert encode(both, text, special=False) == make_tokenizer()(text)["input_ids"]
+    both.add_bos_token, both.add_eos_token = False, True  # as a setting of the tokenizer
+    assert encode(both, text) == make_tokenizer()(text)["input_ids"]
+
+
+@pytest.mark.parametrize("spec", ["raw", "[INST] {prompt} [/INST]", "reference", "chat"])
+def test_no_prompt_ends_with_an_eos_of_the_tokenizers(spec):
+    both, bos = adding_eos()
+    prompt = Prompt(QUESTION, "" if spec == "chat" else "Be kind.", "Answer:")
+    ids = Template(spec).encode(prompt, both, both, "expert")
+    assert ids == Template(spec).encode(prompt, bos, bos, "expert")
+    assert ids[-1] != EOS
+    assert ids.count(BOS) == (spec != "chat")
+
+
+@pytest.mark.parametrize("part", [field.name for field in dataclasses.fields(Prompt)])
+@pytest.mark.parametrize("spec", ["raw", "{prompt}{system}", "reference", "chat"])
+def test_half_of_a_surrogate_pair(spec, part):
+    prompt = Prompt(**{"text": "one", part: "\ud83d"})
+    if part == "system" and spec == "raw":
+        return
+    with pytest.raises(InputError, match=r"ud83d.* cannot be tokenised"):
+        Template(spec).encode(prompt, make_tokenizer(), make_tokenizer(), "expert")
+
+
+def test_a_chat_template_that_fails_names_the_role():
+    own = make_tokenizer()
+    own.chat_template = "{{ raise_exception('no system role here') }}"
+    with pytest.raises(InputError, match=r"^expert: the chat template fails \(no system role here"):
+        Template("chat").encode(Prompt("one", "Be kind."), make_tokenizer(), own, "expert")
+
+
 @pytest.mark.parametrize(
-    "spec", ["Raw", "{question}", "{prompt} {role}", "{prompt", "{prompt} {}", "{prompt:d}"]
+    "spec",
+    [
+        *("Raw", "{question}", "{prompt} {role}", "{prompt", "{prompt} {}", "{prompt:d}"),
+        *("{0}", "{prompt.__class__}", "{prompt[0]}", "{prompt}{system.x}", "{prompt!x}"),
+        *("{prompt:>1000000000}", "{prompt:.1000000}", "{prompt:{system}}", "{prompt}\udcff"),
+    ],
 )
 def test_malformed_templates(spec):
     with pytest.raises(InputError, match="template"):
         Template(spec)
+
+
+def test_a_layout_within_reason():
+    assert Template("{prompt:.3}|{system:>5}").render(Prompt("abcdef", "x"), None) == "abc|    x"
 
 
 def without_weights(directory):
@@ -212,3 +293,42 @@ def test_dtype_and_missing_base(tmp_path):
         open_trio({"base": ModelSpec(str(tmp_path), "int8")})
     with pytest.raises(InputError, match="needs a base"):
         open_trio({"expert": ModelSpec(str(tmp_path))})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A base and an expert with one more token, for which the base has a row."""
+    models = {"base": make_model("llama", 320, 0), "expert": make_model("llama", 301, 1)}
+    extra = {"expert": make_tokenizer(extra=["<end>"])}
+    trio = write_trio(tmp_path_factory.mktemp("pair"), models, extra)
+    without_weights(trio.paths["base"].parent)
+    return trio
+
+
+def ends(pair, role, tmp_path, **files):
+    """What ends a text, with eos_token_id in files of a role."""
+    path = tmp_path / role
+    path.mkdir()
+    for file in pair.paths[role].iterdir():
+        content = file.read_text()
+        if file.stem in files:
+            content = json.dumps(json.loads(content) | {"eos_token_id": files[file.stem]})
+        (path / file.name).write_text(content)
+    specs = {name: pair.spec(name) for name in pair.paths}
+    return open_trio(specs | {role: dataclasses.replace(specs[role], path=str(path))}).eos_ids()
+
+
+def test_what_ends_a_text(pair, tmp_path):
+    """The ids of both files and the tokenizer, of every role; but none that no text can have."""
+    assert ends(pair, "base", tmp_path, config=5, generation_config=[6, PAD]) == (PAD, EOS, 5, 6)
+    again = tmp_path / "again"
+    again.mkdir()
+    # 300 is <end> for the expert, and a row that no token uses for the base.
+    assert ends(pair, "expert", again, config=300, generation_config=[7]) == (EOS, 7)
+
+
+@pytest.mark.parametrize(("role", "ids"), [("base", 320), ("expert", [2, 301]), ("base", 10**12)])
+def test_an_end_that_is_no_id(pair, role, ids, tmp_path):
+    last = ids[-1] if isinstance(ids, list) else ids
+    with pytest.raises(InputError, match=f"/{role}: eos_token_id {last} is out of range"):
+        ends(pair, role, tmp_path, generation_config=ids)

@@ -347,7 +347,7 @@ def test_a_broken_run(full, tmp_path, stored, change, message):
 
 @BOTH
 def test_a_flipped_bit_is_no_weight(full, tmp_path, stored):
-    """The stored numbers have no check sums of their own: of some flips the reader knows nothing."""
+    """The stored numbers have no check sums of their own: some flips decompress."""
     run = shutil.copytree(full.paths[stored], tmp_path / "run")
     files = (run / "checkpoints" / str(LAST) / "state").rglob("d/*")
     file = max(files, key=lambda file: file.stat().st_size)
