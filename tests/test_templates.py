@@ -4,6 +4,7 @@ import concurrent.futures
 import json
 import os
 import signal
+from typing import Any
 
 import pytest
 
@@ -12,12 +13,14 @@ from proxy_jax.errors import InputError
 from proxy_jax.templates import render_chat
 from tests.trios import make_tokenizer
 
-MESSAGES = [
+MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be kind, {{ and }} é."},
     {"role": "user", "content": "  two <b>lines</b>\nof 'text'  "},
     {"role": "assistant", "content": "It is", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
 ]
-TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+]
 WITH_TOOLS = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson(indent=2) }}{% endif %}"
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}"
@@ -128,10 +131,11 @@ def test_a_process_that_was_ended_is_started_again():
     tokenizer = tokenizer_with("x")
     assert render_chat(tokenizer, MESSAGES, "base") == "x"
     process = templates._renderer._process
+    assert process is not None
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert render_chat(tokenizer, MESSAGES, "base") == "x"
-    assert templates._renderer._process.pid != process.pid
+    assert templates._renderer._process is not process
 
 
 def test_an_interrupt_leaves_no_reply_behind(monkeypatch):
@@ -150,6 +154,7 @@ def test_an_interrupt_leaves_no_reply_behind(monkeypatch):
 
 
 def test_messages_that_are_no_json():
+    message: Any = {"role": "user", ("a",): 1}
     with pytest.raises(InputError, match=r"^line 3: .*cannot be used"):
-        render_chat(tokenizer_with("x"), [{"role": "user", ("a",): 1}], "line 3")
+        render_chat(tokenizer_with("x"), [message], "line 3")
     assert json.loads(render_chat(tokenizer_with("{{ messages | tojson }}"), MESSAGES, "base"))

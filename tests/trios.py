@@ -99,6 +99,16 @@ def make_tokenizer(
     )
 
 
+def make_eos_tokenizer() -> Any:
+    """A tokenizer that puts BOS before a text and EOS behind it."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    assert tokenizer("A")["input_ids"][-1] == EOS
+    return tokenizer
+
+
 def _edited(tokenizer: Tokenizer, swap: int, drop: int) -> Tokenizer:
     content = json.loads(tokenizer.to_str())
     words = sorted(content["model"]["vocab"], key=content["model"]["vocab"].get)

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on a trio, offline: equal to its own Hugging Face model, and to a loop."""
 
+import copy
 import functools
 import json
 import sys
@@ -97,6 +98,16 @@ def test_tokenizer_with_bos(tmp_path):
     assert ours.loglikelihood_rolling(texts) == pytest.approx(
         theirs.loglikelihood_rolling(texts), abs=1e-3
     )
+
+
+def test_tokenizer_with_eos(trio_model):
+    """A context does not end with the EOS that the tokenizer puts behind a text."""
+    model, bos = copy.copy(trio_model), make_tokenizer(bos=True)
+    model.tokenizer = trios.make_eos_tokenizer()
+    assert model.tok_encode("one two") == bos("one two")["input_ids"]
+    assert model.tok_encode("<s>one</s>") == bos("one</s>")["input_ids"]
+    whole, context = (bos(text)["input_ids"] for text in ("one two", "one"))
+    assert model._encode_pair("one", " two") == (context, whole[len(context) :])
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,8 @@ def test_check_says_what_would_run(llama, tmp_path, capsys):
         assert line in report, line
     assert report.endswith("\nready\n")
     assert not (tmp_path / "out").exists()
+    check.main(jobs.config_of(llama, tmp_path, eos_ids=(3, 2)))
+    assert "texts end at 3 '<|user|>', 2 '</s>'\n" in capsys.readouterr().out
 
 
 def test_errors_in_a_shell(llama, tmp_path):

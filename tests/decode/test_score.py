@@ -14,7 +14,7 @@ from decode.score import Passage, Scorer, make_passages
 from proxy_jax.errors import InputError
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.tokenization import Prompt
-from proxy_jax.trio import load_trio
+from proxy_jax.trio import load_trio, open_trio
 from tests import trios
 
 ALPHAS = (0.0, 0.5, 1.0, -0.7)
@@ -90,6 +90,23 @@ def answers(llama, passages):
 def test_plans(llama, answers, plan, stacked_layers):
     loaded = llama.load(plan=plan, stacked_layers=stacked_layers)
     agree(Scorer(loaded, ALPHAS).score(PAIRS), answers)
+
+
+def test_a_tokenizer_that_ends_texts(llama):
+    """Neither a context nor what is scored has the EOS that it puts behind a text."""
+    opened = open_trio({role: llama.spec(role) for role in llama.paths})
+
+    def passages(tokenizer):
+        members = {
+            role: dataclasses.replace(member, tokenizer=tokenizer)
+            for role, member in opened.members.items()
+        }
+        return make_passages(dataclasses.replace(opened, members=members), PAIRS)
+
+    found = passages(trios.make_eos_tokenizer())
+    assert found == passages(trios.make_tokenizer(bos=True))
+    for passage in found:
+        assert trios.EOS not in (*passage.ids, *passage.contexts["base"])
 
 
 def test_an_adapter(llama, tmp_path):
