@@ -20,7 +20,9 @@ setup(
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.6,<0.13",  # nnx.to_pure_dict and nnx.List as used here; 0.13 may drop them
-        "transformers>=5,<6",  # config.json of both RoPE spellings, defaults filled in
+        # config.json of both RoPE spellings, defaults filled in. Which class reads a tokenizer is
+        # guessed anew in many releases: the ids were compared under 5.0, 5.8, 5.18 and 5.24.
+        "transformers>=5,<5.25",
         "safetensors>=0.8",  # numpy slices of bfloat16 tensors
         "gguf>=0.17,<1",  # dequantisation of every type that proxy_jax reads
         "jinja2>=3.1",  # chat templates
