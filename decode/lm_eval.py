@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import jinja2
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -41,6 +40,7 @@ from decode.score import Passage, Scorer
 from proxy_jax.errors import InputError
 from proxy_jax.reading import Fields, reading, shown
 from proxy_jax.sharding import Placement
+from proxy_jax.templates import render_chat
 from proxy_jax.tokenization import Prompt, encode
 from proxy_jax.trio import ROLES, Role, open_trio
 
@@ -166,23 +166,23 @@ class ProxyLM(TemplateLM):
             )
 
         def rendered(history: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
+            return render_chat(
+                self.tokenizer,
                 history,
-                tokenize=False,
+                "base",
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )
 
-        with reading("base: chat template", "cannot render the conversation"):
-            try:
-                return rendered(chat_history)
-            except jinja2.TemplateError:
-                rest = [message for message in chat_history if message["role"] != "system"]
-                if len(rest) == len(chat_history):
-                    raise
-                text = rendered(rest)
-                warning_once(_log, "the chat template refuses system prompts: they are left out")
-                return text
+        try:
+            return rendered(chat_history)
+        except InputError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            text = rendered(rest)
+            warning_once(_log, "the chat template refuses system prompts: they are left out")
+            return text
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm_eval writes beside its results: the resolved config."""

@@ -16,6 +16,7 @@ import numpy as np
 from proxy_jax.errors import InputError
 from proxy_jax.reading import parse_json, reading, shown
 from proxy_jax.rows import Row
+from proxy_jax.templates import render_chat
 
 Message: TypeAlias = dict[str, Any]
 
@@ -51,13 +52,7 @@ class Renderer:
         Raises:
           InputError: the template fails.
         """
-        with reading(self.where, "the chat template fails"):
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=self.tools,
-                tokenize=False,
-                **options,
-            )
+        return render_chat(self.tokenizer, messages, self.where, tools=self.tools, **options)
 
     def ids(self, text: str) -> list[int]:
         """Gives the ids of a rendered text."""
