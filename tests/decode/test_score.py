@@ -220,13 +220,21 @@ def test_what_is_refused(loaded, passages):
     ids = passages[0].contexts
     with pytest.raises(InputError, match="alphas is empty"):
         Scorer(loaded, [])
-    with pytest.raises(InputError, match="alpha must be finite"):
-        Scorer(loaded, [float("nan")])
+    for values, message in [
+        ({"alphas": [float("nan")]}, "alpha: coefficient must be finite"),
+        ({"beta": 1e39}, "beta must be between"),
+        ({"base_filter": Truncation(top_p=0.0)}, "base_filter: top_p must be above 0"),
+        ({"batch_size": 0}, "batch_size must be between 1 and"),
+        ({"batch_size": True}, "batch_size must be an integer, not True"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Scorer(loaded, **values)
     with pytest.raises(InputError, match="passage 1: empty prompt"):
         Scorer(loaded).score([("a", "b"), (" ", "c")])
     for passage, message in [
         (Passage(ids, []), "passage 1: nothing to score"),
         (Passage({**ids, "expert": []}, [5]), "passage 1: no context for expert"),
+        (Passage(ids, [-1]), "passage 1: -1 is no id"),
         (Passage(ids, [320]), "passage 1: id 320 is beyond the 320 rows of base"),
         (Passage(ids, [5] * 512), "passage 1: .* exceed its context of 512"),
     ]:

@@ -144,7 +144,7 @@ def test_sampled_and_constrained(llama, loaded):
         "sampling": trios.sampling(1.5, top_k=30, top_p=0.9),
         "seed": 3,
         "repetition_penalty": 1.7,
-        "banned": ("e",),
+        "banned_tokens": ("e",),
         "base_filter": Truncation(min_p=0.02),
     }
     completions = recorded(loaded, PROMPTS[:4], [1.0, 0.5, -0.7, 1.0], **fields)
