@@ -1,6 +1,7 @@
 """Banned strings against what the tokenizers decode, token by token and candidate by candidate."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def sentencepiece():
     pairs = ("▁ a|p p|l e|le s|a p|ap p|app les|▁ apples|m o|d e|de l|mo del|▁ model|▁ ▁").split(
         "|"
     )
-    merges = [tuple(pair.split(" ")) for pair in pairs]
+    merges: Any = [tuple(pair.split(" ")) for pair in pairs]
     backend = Tokenizer(
         models.BPE(
             {word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True
@@ -84,7 +85,8 @@ def test_every_state_and_token(kind):
     ]
     met = set()
     for _ in range(30):
-        states, new = [automaton.start(prompt) for automaton in automata], []
+        states = [automaton.start(prompt) for automaton in automata]
+        new: list[int] = []
         while len(new) < 12:
             rows = [table[state] for table, state in zip(tables, states, strict=True)]
             excluded = {int(i) for row in rows for i in np.flatnonzero(row == bans.BANNED)}
@@ -140,7 +142,7 @@ def test_a_trio(llama, loaded, expected):
 
 def test_what_a_row_has_said_is_its_own(loaded):
     """In one batch or one by one, in chunks of any size, also where a slot is filled again."""
-    fields = {"banned": ("e", "an", "le m"), "banned_first": (" ",)}
+    fields: dict[str, Any] = {"banned": ("e", "an", "le m"), "banned_first": (" ",)}
     whole = complete(loaded, **fields)
     assert complete(loaded, batch_size=3, chunk_steps=5, **fields) == whole
     assert complete(loaded, PROMPTS[4:6], **fields) == whole[4:6]
@@ -195,6 +197,6 @@ def test_what_cannot_be_banned(loaded):
     with pytest.raises(InputError, match=r"banned_first: 1000000 bytes of strings are too many"):
         complete(loaded, banned_first=("ab" * 500_000,))
     everything = tuple(map(chr, range(128)))
-    fields = {"banned_first": everything, "banned_first_tokens": trios.SPECIAL}
+    fields: dict[str, Any] = {"banned_first": everything, "banned_first_tokens": trios.SPECIAL}
     with pytest.raises(InputError, match="row 0: bans and base_filter exclude every token"):
         complete(loaded, PROMPTS[:1], base_filter=Truncation(top_k=1), **fields)

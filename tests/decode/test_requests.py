@@ -33,13 +33,16 @@ def test_values_that_change_nothing(nothing):
 
 
 def test_temperature_0_is_greedy():
-    for temperature in (0, 0.0, None, np.float32(0)):
+    zeros: list[Any] = [0, 0.0, None, np.float32(0)]
+    for temperature in zeros:
         assert Options(sampling=Sampling(temperature)) == Options()
 
 
 def test_numbers_of_numpy_and_jax():
-    sampling = Sampling(np.float32(0.5), Truncation(np.int64(3), jnp.float32(0.25)))
-    options = Options(batch_size=np.int64(2), sampling=sampling, alpha=np.float32(0.5))
+    numbers: list[Any] = [np.float32(0.5), np.int64(3), jnp.float32(0.25), np.int64(2)]
+    half, three, quarter, two = numbers
+    sampling = Sampling(half, Truncation(three, quarter))
+    options = Options(batch_size=two, sampling=sampling, alpha=half)
     assert options.batch_size == 2
     assert options.sampling == Sampling(0.5, Truncation(3, 0.25))
     assert as_schedule(options.alpha) == ((0, 0.5),)
@@ -48,9 +51,10 @@ def test_numbers_of_numpy_and_jax():
 
 def test_a_string_is_one_string():
     config = ConfigDict(decoding().to_dict() | {"stop": "END"})
-    assert job.options(config).stop == Options(stop="END").stop == ("END",)
-    for name in ("banned", "banned_first", "banned_tokens", "banned_first_tokens"):
-        assert getattr(Options(**{name: "END"}), name) == ("END",)
+    assert job.options(config).stop == ("END",)
+    for name in ("stop", "banned", "banned_first", "banned_tokens", "banned_first_tokens"):
+        fields: dict[str, Any] = {name: "END"}
+        assert getattr(Options(**fields), name) == ("END",)
 
 
 SAMPLING: list[tuple[dict[str, Any], str]] = [
@@ -152,11 +156,12 @@ def test_schedules_that_are_refused(alpha, message):
 
 def test_requests_that_are_refused():
     request = Request(2**32 - 1, {"base": [1]}, ((0, 1.0),), 4)
-    for fields, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"row": 2**32}, "request: row must be between 0 and 4294967295"),
         ({"row": -1}, "request: row must be between"),
         ({"max_new_tokens": 0}, "request: max_new_tokens must be between 1 and"),
         ({"max_new_tokens": 2**31}, "request: max_new_tokens must be between"),
-    ):
+    ]
+    for fields, message in refused:
         with pytest.raises(InputError, match=message):
             dataclasses.replace(request, **fields)

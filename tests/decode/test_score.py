@@ -1,6 +1,7 @@
 """Log-likelihoods of texts equal those of a loop over the transformers models in float64."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -220,13 +221,14 @@ def test_what_is_refused(loaded, passages):
     ids = passages[0].contexts
     with pytest.raises(InputError, match="alphas is empty"):
         Scorer(loaded, [])
-    for values, message in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"alphas": [float("nan")]}, "alpha: coefficient must be finite"),
         ({"beta": 1e39}, "beta must be between"),
         ({"base_filter": Truncation(top_p=0.0)}, "base_filter: top_p must be above 0"),
         ({"batch_size": 0}, "batch_size must be between 1 and"),
         ({"batch_size": True}, "batch_size must be an integer, not True"),
-    ]:
+    ]
+    for values, message in refused:
         with pytest.raises(InputError, match=message):
             Scorer(loaded, **values)
     with pytest.raises(InputError, match="passage 1: empty prompt"):
