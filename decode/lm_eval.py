@@ -228,27 +228,24 @@ class ProxyLM(TemplateLM):
         """Completes contexts, each cut at its own stop strings.
 
         Raises:
-          InputError: a setting that is not supported, before anything is generated, or texts that
-            there is no memory for.
+          InputError: a setting that is not supported, or texts that there is no memory for; before
+            anything is generated.
         """
         texts = [""] * len(requests)
         groups: dict[str, list[int]] = collections.defaultdict(list)
         for index, request in enumerate(requests):
             with reading("generation_kwargs", "not JSON"):
                 groups[json.dumps(request.args[1], sort_keys=True)].append(index)
-        asked = [
-            (members, *self._generation(requests[members[0]].args[1]))
-            for members in groups.values()
-        ]
+        asked = []
+        for members in groups.values():
+            options, until = self._generation(requests[members[0]].args[1])
+            todo = [self._request(i, requests[i].args[0], options.max_new_tokens) for i in members]
+            self._check_memory(self.loaded.place, longest_contexts(todo), options.max_new_tokens)
+            asked.append((options, until, todo))
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for members, options, until in asked:
-                todo = [
-                    self._request(i, requests[i].args[0], options.max_new_tokens) for i in members
-                ]
-                contexts = longest_contexts(todo)
-                self._check_memory(self.loaded.place, contexts, options.max_new_tokens)
+            for options, until, todo in asked:
                 generator = Generator(self.loaded, options)
-                for done in generator.stream(todo, contexts):
+                for done in generator.stream(todo, longest_contexts(todo)):
                     for completion in done:
                         ids = completion.token_ids
                         ids = ids[:-1] if completion.finish_reason == "eos" else ids
