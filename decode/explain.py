@@ -105,7 +105,8 @@ def read_records(path: Path, words: Words) -> Iterator[Record]:
         if row.fields.get("trace") is None:
             raise InputError(f"{row.where}: nothing recorded; decode with trace=True")
         prompt, ids = row.string("prompt"), row.array("token_ids", int)
-        with reading(row.where, "trace is not one of decode.generate's"):
+        wrong = "trace is not one of decode.generate's"
+        with reading(row.where, wrong), np.errstate(invalid="raise"):
             trace = Trace.from_dict(row.part("trace").fields)
             _check(trace, len(ids))
         if names not in (None, trace.names):

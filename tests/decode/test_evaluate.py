@@ -471,3 +471,33 @@ def test_task_runs_keep_the_published_settings(llama, data):
     (found,) = plan.plan_evaluation(config).runs
     assert found.published["max_new_tokens"] == 512
     assert dataclasses.asdict(found.task.decoding) == {**found.published, "max_new_tokens": 24}
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ([], "manifest.json: runs is empty"),
+        (3, "manifest.json: runs must be a list, not 3"),
+        ([3], "manifest.json: runs must hold dict values, not 3"),
+        ([{}], "manifest.json: runs: device is missing"),
+        ([{"device": "cpu"}], "manifest.json: runs: versions: proxy_jax is missing"),
+        ([{"device": "cpu", "versions": 3}], "manifest.json: runs: versions must be an object"),
+    ],
+)
+def test_damaged_manifests(tmp_path, runs, message):
+    """Of a finished row, whose device the report tells."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"config": {}, "inputs": {}, "runs": runs}))
+    task = types.SimpleNamespace(task=types.SimpleNamespace(name="gsm"))
+    done = types.SimpleNamespace(directory=tmp_path, number=0, run=task, row="base")
+    evaluation: Any = types.SimpleNamespace(jobs=[done])
+    with pytest.raises(InputError, match=message):
+        evaluate._runs(evaluation, [])
+
+
+def test_no_nan_in_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "make_results", lambda *_: {"alpha": math.nan})
+    evaluation: Any = types.SimpleNamespace(directory=tmp_path)
+    config: Any = None
+    with pytest.raises(InputError, match=r"results.json: cannot be written \(.*not JSON compliant"):
+        evaluate._publish(config, evaluation, [])
+    assert not list(tmp_path.iterdir())

@@ -230,10 +230,66 @@ def test_pieces_make_the_text(words):
     assert "\ufffd" in "".join(alone)
 
 
-def test_a_row_without_a_trace(tmp_path, words):
+FIGURES: dict[str, Any] = {
+    "log_probs": [-1.0, None],
+    "ranks": [0, 1],
+    "entropies": [1.0, 2.0],
+    "top_ids": [[5, 6], [6, 7]],
+    "top_log_probs": [[-1.0, -2.0], [-1.5, None]],
+}
+TRACE: dict[str, Any] = {"proxy": FIGURES, "base": FIGURES, "kl": [0.5, 0.25]}
+RECORDED: dict[str, Any] = {"row": 0, "prompt": "A", "token_ids": [5, 6], "trace": TRACE}
+
+
+def test_rows_are_read(tmp_path, words):
     path = tmp_path / "outputs.jsonl"
-    path.write_text('{"row": 0, "prompt": "A", "text": "B"}\n')
-    with pytest.raises(InputError, match=r"outputs.jsonl:1: nothing recorded"):
+    path.write_text(json.dumps(RECORDED) + "\n" + '{"half')
+    (one,) = explain.read_records(path, words)
+    assert (one.prompt, one.ids, one.trace.names) == ("A", (5, 6), ("proxy", "base"))
+    assert one.trace.log_probs.tolist() == [[-1.0, -1.0], [-np.inf, -np.inf]]
+
+
+def changed_row(**fields):
+    return {**RECORDED, **fields}
+
+
+def changed_trace(**fields):
+    return changed_row(trace={**TRACE, **fields})
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"row": 0, "prompt": "A", "text": "B"}, "nothing recorded; decode with trace=True"),
+        (changed_row(trace=None), "nothing recorded"),
+        (changed_row(trace=3), "trace must be an object, not 3"),
+        (changed_row(prompt=None), "prompt is missing"),
+        (changed_row(prompt=3), "prompt must be a string"),
+        (changed_row(token_ids=None), "token_ids is missing"),
+        (changed_row(token_ids="56"), "token_ids must be a list"),
+        (changed_row(token_ids=[5, True]), "token_ids must hold int values, not True"),
+        (changed_row(token_ids=[5.0, 6.0]), "token_ids must hold int values, not 5.0"),
+        (changed_row(token_ids=[5]), r"trace .* \(entropies of shape \(2, 2\), not \(1, 2\)"),
+        (changed_row(token_ids=[5, -1]), "token_ids are not of this tokenizer"),
+        (changed_row(token_ids=[5, 10**6]), r"tokenizer \(1000000 is no token\)"),
+        (changed_row(token_ids=[5, 10**30]), "token_ids are not of this tokenizer"),
+        (changed_trace(proxy=None), r"trace is not .* \(it needs proxy and base\)"),
+        (changed_trace(base={**FIGURES, "ranks": None}), "trace is not one of decode.generate's"),
+        (changed_trace(base={**FIGURES, "ranks": [0, -1]}), "ranks and top_ids must be at least 0"),
+        (changed_trace(base={**FIGURES, "log_probs": [-1.0, 0.5]}), "a probability is above 1"),
+        (changed_trace(base={**FIGURES, "entropies": [1.0, None]}), "entropies must be finite"),
+        (changed_trace(kl=[0.5]), r"kl of shape \(1,\), not \(2,\)"),
+        (changed_trace(kl=["a", "b"]), "trace is not one of decode.generate's"),
+        (changed_trace(overlap=[math.nan, 1.0]), "overlap must be finite"),
+        (changed_trace(expert=FIGURES), "trace is of proxy, base, expert, and the rows before it"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_of_generate(tmp_path, words, row, message):
+    path = tmp_path / "outputs.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (RECORDED, row)))
+    with pytest.raises(
+        InputError, match=f"outputs.jsonl:2: {message}|outputs.jsonl:2: .*{message}"
+    ):
         list(explain.read_records(path, words))
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from proxy_jax.errors import InputError
 
 LIMITS = Limits(seconds=20.0, memory_bytes=1 << 30, file_bytes=1 << 20)
 SHORT = Limits(seconds=0.3)
+# Whether the kernel filters system calls, and the sandbox knows their numbers.
+FILTERS = platform.machine() in ("x86_64", "aarch64") and Path("/proc/sys/kernel/seccomp").exists()
 
 
 @pytest.mark.parametrize(
@@ -297,7 +300,7 @@ def test_unix_sockets_are_out_of_reach(tmp_path, without, missing):
         server.bind(address)
         server.listen()
         server.settimeout(0.2)
-        wanted = len(attempts) if execution.isolation().processes == "seccomp" else 3
+        wanted = len(attempts) if FILTERS else 3
         assert run_program(f"{program}print(n)", LIMITS).output == f"{wanted}\n"
         with pytest.raises(TimeoutError):
             server.accept()
@@ -315,9 +318,9 @@ def test_processes_and_threads_are_limited(without, missing):
     """Natively, and for root, whom the limit of processes does not hold."""
     if missing:
         without(*missing)
-    isolated = execution.isolation()
-    if isolated.processes != "seccomp" or (isolated.network != "namespace" and os.getuid()):
+    if not FILTERS or (execution.isolation().network != "namespace" and os.getuid()):
         pytest.skip("nothing here refuses or counts")
+    assert execution.isolation().processes == "seccomp"
     program = (
         "import ctypes, threading, time\nlibc = ctypes.CDLL(None)\n"
         "print(libc.fork(), libc.vfork(), flush=True)\nthreading.stack_size(1 << 16)\n"
@@ -349,7 +352,7 @@ def test_native_code_is_held_by_the_kernel(tmp_path):
 def test_metadata_are_held_by_the_kernel(tmp_path, without, missing):
     if missing:
         without(*missing)
-    if execution.isolation().processes != "seccomp":
+    if not FILTERS:
         pytest.skip("no filter here")
     path = tmp_path / "file"
     path.write_text("mine")
