@@ -327,7 +327,7 @@ def test_processes_and_threads_are_limited(without, missing):
         "def wait(): time.sleep(60)\n"
         "for n in range(600): threading.Thread(target=wait, daemon=True).start()"
     )
-    outcome = run_program(program, LIMITS)
+    outcome = run_program(program, Limits(seconds=20.0, memory_bytes=1 << 40))
     assert outcome.result == "failed: RuntimeError: can't start new thread"
     assert outcome.output == "-1 -1\n"
 
@@ -348,7 +348,9 @@ def test_native_code_is_held_by_the_kernel(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("missing", [(), ("_mount",), ("_enter_namespaces",)])
+@pytest.mark.parametrize(
+    "missing", [(), ("_mount",), ("_mount", "_drop_privileges"), ("_enter_namespaces",)]
+)
 def test_metadata_are_held_by_the_kernel(tmp_path, without, missing):
     if missing:
         without(*missing)
