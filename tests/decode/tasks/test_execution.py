@@ -323,13 +323,14 @@ def test_processes_and_threads_are_limited(without, missing):
     assert execution.isolation().processes == "seccomp"
     program = (
         "import ctypes, threading, time\nlibc = ctypes.CDLL(None)\n"
-        "print(libc.fork(), libc.vfork(), flush=True)\nthreading.stack_size(1 << 16)\n"
+        "print(libc.fork(), libc.vfork(), libc.unshare(1 << 28), flush=True)\n"
+        "threading.stack_size(1 << 16)\n"
         "def wait(): time.sleep(60)\n"
         "for n in range(600): threading.Thread(target=wait, daemon=True).start()"
     )
     outcome = run_program(program, Limits(seconds=20.0, memory_bytes=1 << 40))
     assert outcome.result == "failed: RuntimeError: can't start new thread"
-    assert outcome.output == "-1 -1\n"
+    assert outcome.output == "-1 -1 -1\n"
 
 
 def test_native_code_is_held_by_the_kernel(tmp_path):
