@@ -13,7 +13,6 @@ import dataclasses
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +23,10 @@ from tqdm import tqdm
 import launch
 import manifest
 from configs.train.defaults import sft
-from proxy_jax.errors import InputError
-from proxy_jax.models.decoder import REMAT
+from proxy_jax.reading import reading
+from proxy_jax.rows import local_path
 from proxy_jax.sharding import Placement
-from train.config import check_config
+from train.config import check_benchmark, check_config
 from train.data import Batches
 from train.flops import peak_flops, step_flops
 from train.job import (
@@ -49,11 +48,9 @@ _GIB = 2**30
 def main(config: ConfigDict) -> None:
     """One row of the table after another; then the file."""
     check_config(config)
+    check_benchmark(config)
     settings = config.benchmark
-    if settings.compare not in ("", "torch"):
-        raise InputError(f"benchmark.compare {settings.compare!r} is unknown; use torch")
-    if unknown := set(settings.remat) - set(REMAT):
-        raise InputError(f"benchmark.remat {min(unknown)!r} is unknown; known: {', '.join(REMAT)}")
+    directory = local_path(config.output_dir)
     start = open_start(config)
     place = training_placement(config, start.model)
     (examples, _), _ = read_examples(config, start.tokenizer)
@@ -91,8 +88,8 @@ def main(config: ConfigDict) -> None:
                 print(describe(row))
     if jax.process_index() > 0:
         return
-    directory = Path(config.output_dir).expanduser()
-    directory.mkdir(parents=True, exist_ok=True)
+    with reading(f"output_dir {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
     content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()], "rows": rows}
     manifest.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
 

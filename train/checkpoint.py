@@ -49,6 +49,8 @@ class Checkpoints:
     def __init__(self, directory: Path, every: int, keep: int):
         self._every = every
         self._directory = directory.absolute()
+        if self._directory.exists() and not self._directory.is_dir():
+            raise InputError(f"{self._directory}: not a directory")
         preserve = ocp.training.preservation_policies
         best = preserve.BestN(
             get_metric_fn=lambda metrics: -metrics["loss"],

@@ -80,6 +80,25 @@ def check_values(config: ConfigDict) -> None:
         raise InputError(f"replicate: {min(unknown)!r} is not one of {', '.join(axes)}")
 
 
+def check_benchmark(config: ConfigDict) -> None:
+    """Refuses what a benchmark cannot measure.
+
+    Raises:
+      InputError: names the field and what was expected.
+    """
+    benchmark = _part(_fields(config), "benchmark")
+    _integer(benchmark, "steps", 1, _MOST)
+    if benchmark.string("compare") not in ("", "torch"):
+        raise InputError(f"benchmark.compare {config.benchmark.compare!r} is unknown; use torch")
+    if unknown := set(benchmark.array("remat", str)) - set(REMAT):
+        raise InputError(f"benchmark.remat {min(unknown)!r} is unknown; known: {', '.join(REMAT)}")
+    for rank in benchmark.array("ranks", int):
+        if not 0 <= rank <= _HIGHEST_RANK:
+            raise InputError(
+                f"benchmark.ranks must be between 0 and {_HIGHEST_RANK}, not {shown(rank)}"
+            )
+
+
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
     """Gives AdamW as the config says.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import manifest
 from proxy_jax.errors import InputError
+from proxy_jax.reading import reading
 from proxy_jax.rows import read_json, read_jsonl
 
 BAD_INPUT = 2  # exit status
@@ -44,13 +45,12 @@ def write_rows(path: Path, rows: Sequence[PromptCompletion]) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    with reading(path, "cannot write"):
+        if path.exists() and not path.is_file():  # a device or a pipe, which stays what it is
+            path.write_bytes(content)
+        else:
+            manifest.replace(path, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -94,7 +94,8 @@ def export_expert(
       One line that says what was written, and what was not.
 
     Raises:
-      InputError: see `check_export`; also a disk that is full or fails, with nothing left behind.
+      InputError: see `check_export`; also a weight that the dtype does not hold, and a disk that is
+        full or fails, with nothing left behind.
     """
     check_export(path, config, lora=lora is not None)
     unspoken = ""
@@ -148,7 +149,10 @@ def _merged_on_host(params: Params, lora: Lora | None, dtype: str) -> Params:
         if is_adapted(leaf):
             # Rounded once, to the export's dtype and not to the base's before.
             leaf = merge(dataclasses.replace(leaf, weight=leaf.weight.astype(jnp.float32)))
-        return _on_host(leaf.astype(dtype))
+        array = _on_host(leaf.astype(dtype))
+        if not np.isfinite(array).all():
+            raise InputError(f"export: a weight is not finite in {dtype}; use another export_dtype")
+        return array
 
     def part(tree: Any) -> Any:
         return jax.tree.map(weight, tree, is_leaf=is_adapted)

@@ -29,10 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import manifest
 from proxy_jax.combine import fit
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, hidden_states, unembed
+from proxy_jax.reading import Fields, read_json
 from proxy_jax.sharding import Placement
 from proxy_jax.trio import Trio, identify, load_trio
 from train.examples import Example, digest_examples
@@ -141,12 +143,8 @@ class _Cache:
         with self._writing():
             os.fsync(self._file.fileno())
             self.done = self.path.stat().st_size // self._row_bytes
-            new = self._manifest.with_suffix(".new")
-            with new.open("w") as file:
-                json.dump(self._identity | {"done": self.done}, file, indent=2)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(new, self._manifest)
+        content = json.dumps(self._identity | {"done": self.done}, indent=2)
+        manifest.replace(self._manifest, content.encode())
 
     def close(self) -> None:
         """Lets go of the file and its lock."""
@@ -160,11 +158,8 @@ class _Cache:
             if there:
                 raise InputError(f"{self.path}: exists, but no manifest.json says what made it")
             return 0
-        try:
-            content = json.loads(self._manifest.read_text())
-            done = int(content["done"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self._manifest}: not a manifest of offsets") from error
+        content = read_json(self._manifest)
+        done = Fields(str(self._manifest), content).integer("done", 0)
         for name, value in self._identity.items():
             if content.get(name) != value:
                 raise InputError(

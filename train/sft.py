@@ -233,12 +233,13 @@ def open_run(config: ConfigDict) -> Run:
                 "another output_dir"
             )
         content = old or new
-        if lock:
-            content["runs"].append(manifest.this_run())
-            manifest.write(directory, content)
-        date = processes.from_first(lock and str(content["runs"][0]["started"])[:10])
+        content["runs"].append(manifest.this_run())
         with reading(directory / manifest.FILE, "runs: no date of the first one"):
-            return Run(directory, datetime.date.fromisoformat(date), lock)
+            date = processes.from_first(str(content["runs"][0]["started"])[:10])
+            run = Run(directory, datetime.date.fromisoformat(date), lock)
+        if lock:
+            manifest.write(directory, content)
+        return run
     except BaseException:
         if lock:
             lock.close()

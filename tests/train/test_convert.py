@@ -1,6 +1,8 @@
 """The official data files as prompt/completion rows."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -59,6 +61,23 @@ def test_what_is_written_can_be_trained_on(tmp_path):
     assert texts == [" SUNSET BOULEVARD</s>", " Köln</s>"]
 
 
+def test_a_device_or_a_pipe_is_written_to_and_stays(tmp_path, capsys):
+    given = tmp_path / "in"
+    given.write_text(json.dumps(GSM8K[0]))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        content = pool.submit(pipe.read_text, encoding="utf-8")
+        main(["gsm8k", str(given), str(pipe)])
+        assert json.loads(content.result())["prompt"] == "Question: How many clips?\nAnswer:"
+    assert pipe.is_fifo()
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    message = f"error: {full}: No space left on device\n"
+    assert refused(capsys, "gsm8k", given, full) == message
+    assert full.is_char_device()
+
+
 def refused(capsys, *arguments):
     with pytest.raises(SystemExit) as end:
         main([str(argument) for argument in arguments])
@@ -103,6 +122,6 @@ def test_files_that_cannot_be_used(tmp_path, capsys):
     assert refused(capsys, "triviaqa", given, made).startswith(f"error: {given}: not JSON (")
     given.write_text(json.dumps(TRIVIAQA))
     nowhere = tmp_path / "absent" / "out.jsonl"
-    message = f"error: {nowhere}: No such file or directory\n"
+    message = f"error: {nowhere}: cannot write (No such file or directory)\n"
     assert refused(capsys, "triviaqa", given, nowhere) == message
     assert "invalid choice" in refused(capsys, "squad", given, made)

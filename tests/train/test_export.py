@@ -218,6 +218,15 @@ def test_what_cannot_be_exported_is_refused(tuned, tokenizer, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
 
+def test_weights_that_the_dtype_does_not_hold(tuned, tokenizer, tmp_path):
+    config, params, _ = loaded(tuned, ONE, stacked=False)
+    params = params | {"embedding": params["embedding"].at[3, 4].set(1e5)}
+    with pytest.raises(InputError, match="not finite in float16; use another export_dtype"):
+        export_expert(tmp_path / "x", config, params, tokenizer, "base", dtype="float16")
+    assert not list(tmp_path.iterdir())
+    export_expert(tmp_path / "x", config, params, tokenizer, "base", dtype="bfloat16")
+
+
 class Killed(BaseException):
     """What no handler in the export catches."""
 

@@ -176,7 +176,10 @@ def test_another_cache_in_the_directory(pair, examples, cache, tmp_path):
         "offsets.bin: [0-9]+ rows are said to be done, and 0 are there", examples, specs(pair), copy
     )
     (copy / "manifest.json").write_text("[]")
-    fails("manifest.json: not a manifest of offsets", examples, specs(pair), copy)
+    fails("manifest.json: not a JSON object", examples, specs(pair), copy)
+    for done in ('"3"', "-1", "null", "1e999"):
+        (copy / "manifest.json").write_text(f'{{"done": {done}}}')
+        fails("manifest.json: done (must be|is missing)", examples, specs(pair), copy)
     (copy / "manifest.json").unlink()
     (copy / "offsets.bin").write_bytes(bytes(2000))
     fails("offsets.bin: exists, but no manifest.json", examples, specs(pair), copy)

@@ -1,9 +1,12 @@
 """The training program on a tiny model: what it leaves, and that interruptions change nothing."""
 
 import contextlib
+import datetime
+import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -367,3 +370,74 @@ def test_what_is_refused(base, tmp_path, fields, message):
 def test_another_config_in_the_same_directory(base, lora_run):
     with pytest.raises(InputError, match="holds a run of another config"):
         sft.main(config_of(base, lora_run, lora__rank=3))
+
+
+@pytest.fixture
+def ended(lora_run, tmp_path):
+    """The run without its export: the same command goes on with it."""
+    shutil.copytree(lora_run, tmp_path / "run", ignore=shutil.ignore_patterns("expert"))
+    return tmp_path / "run"
+
+
+def test_goes_on_beside_a_damaged_checkpoint(base, lora_run, ended, capsys):
+    """And ends with the parameters of a run that was never damaged."""
+    *_, last = sorted((ended / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    weights = max((p for p in last.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    sft.main(config_of(base, ended, lora__rank=2, lora__dropout=0.1))
+    (line,) = [s for s in capsys.readouterr().out.split("\n") if s.startswith("going on from")]
+    assert f"checkpoint {last} is damaged" in line
+    assert last.with_name(f"{last.name}.damaged").exists()
+    assert records(ended) == records(lora_run)
+    name = Path("expert") / "adapter" / "adapter_model.safetensors"
+    assert (ended / name).read_bytes() == (lora_run / name).read_bytes()
+
+
+def test_another_export_dtype_exports_the_run_again(base, ended):
+    sft.main(config_of(base, ended, lora__rank=2, lora__dropout=0.1, export_dtype="bfloat16"))
+    settings = json.loads((ended / "expert" / "config.json").read_text())
+    assert settings["torch_dtype"] == "bfloat16"
+
+
+def test_a_run_that_another_process_goes_on_with(base, ended):
+    with (ended / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match=r"run: another process is training in it"):
+            sft.main(config_of(base, ended, lora__rank=2, lora__dropout=0.1))
+
+
+def test_a_run_is_held_until_it_is_closed(base, tmp_path):
+    config = config_of(base, tmp_path)
+    with contextlib.closing(sft.open_run(config)):
+        with pytest.raises(InputError, match="another process is training in it"):
+            sft.open_run(config)
+    sft.open_run(config).close()
+
+
+def test_chat_templates_print_the_day_on_which_a_run_began(base, tmp_path):
+    config = config_of(base, tmp_path)
+    sft.open_run(config).close()
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    content["runs"][0]["started"] = "2020-02-29T23:59:59Z"
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with contextlib.closing(sft.open_run(config)) as run:
+        assert run.date == datetime.date(2020, 2, 29)
+
+
+def test_a_manifest_that_is_lost_or_damaged(base, ended):
+    config = config_of(base, ended, lora__rank=2, lora__dropout=0.1)
+    manifest = ended / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for damaged, message in (
+        ("[]", "not a JSON object"),
+        ('{"config": {}, "inputs": [], "runs": []}', "not a manifest of a job"),
+        (json.dumps(content | {"runs": [{"started": 3}]}), "runs: no date of the first one"),
+        (json.dumps(content | {"runs": [3]}), "runs: no date of the first one"),
+        ("\0" * 100, "not JSON"),
+    ):
+        manifest.write_text(damaged)
+        with pytest.raises(InputError, match=f"^{manifest}: {message}"):
+            sft.open_run(config)
+    manifest.unlink()
+    with pytest.raises(InputError, match="has checkpoints, but no manifest.json says of which run"):
+        sft.open_run(config)
