@@ -22,7 +22,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.reading import Fields, reading
 from proxy_jax.rows import Row, local_path, read_jsonl
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
-from proxy_jax.tokenization import Prompt
+from proxy_jax.tokenization import Prompt, format_fields
 from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio, identify
 
 
@@ -212,7 +212,9 @@ def _prompt_row(fields: Fields, prompts: Fields, row: Row) -> PromptRow:
 
 def _filled(template: str, row: Row) -> str:
     """The template with a row's fields in it."""
-    with reading(f"prompts.template {template!r}", "cannot be filled in"):
+    where = f"prompts.template {template!r}"
+    format_fields(template, where, of_texts=False)
+    with reading(where, "cannot be filled in"):
         try:
             text = template.format_map(row.fields)
         except KeyError as error:

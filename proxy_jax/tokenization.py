@@ -361,12 +361,14 @@ class Template:
         return text if "{response_prefix}" in self.spec else text + prompt.response_prefix
 
 
-def format_fields(spec: str, where: object) -> set[str]:
+def format_fields(spec: str, where: object, *, of_texts: bool = True) -> set[str]:
     """Gives the names that a format string fills in.
 
     Args:
       spec: the format string.
       where: how errors name it.
+      of_texts: the fields hold texts; otherwise what JSON has, of which parts and formats of
+        numbers may be asked for.
 
     Raises:
       InputError: no format string for texts, or one that asks for more than a text by its name,
@@ -378,12 +380,13 @@ def format_fields(spec: str, where: object) -> set[str]:
         for _, field, layout, _ in string.Formatter().parse(spec):
             if field is None or layout is None:  # text between fields
                 continue
-            if not field or field.isdigit() or "." in field or "[" in field:
+            if not field or field.isdigit() or "." in field or (of_texts and "[" in field):
                 raise InputError(f"{where}: {{{field}}} is not the name of a field")
             if "{" in layout or any(len(n) > _WIDEST for n in re.findall(r"\d+", layout)):
                 raise InputError(f"{where}: {{{field}:{layout}}} is not a layout for a text")
             fields.add(field)
-        spec.format_map(dict.fromkeys(fields, ""))  # the rest of the syntax
+        if of_texts:
+            spec.format_map(dict.fromkeys(fields, ""))  # the rest of the syntax
     return fields
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from proxy_jax.errors import InputError
 from proxy_jax.rows import Row
+from proxy_jax.tokenization import encode
 from train.conversations import encode_conversation, refuse_fields, with_date
 
 Format = Literal["prompt_completion", "messages", "text"]
@@ -159,23 +160,15 @@ def _prompt_completion(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray
     prompt = row.text("prompt")
     completion = row.text("completion")
     seam = "" if prompt.endswith(_WHITESPACE) or completion.startswith(_WHITESPACE) else " "
-    ids = [*_encode(prompt + seam + completion, tokenizer), tokenizer.eos_token_id]
-    prompt_tokens = len(_encode(prompt, tokenizer))
+    ids = [*encode(tokenizer, prompt + seam + completion), tokenizer.eos_token_id]
+    prompt_tokens = len(encode(tokenizer, prompt))
     return np.asarray(ids, np.int32), np.arange(len(ids)) >= prompt_tokens
 
 
 def _text(row: Row, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     text = row.text("text")
-    ids = [*_encode(text, tokenizer), tokenizer.eos_token_id]
+    ids = [*encode(tokenizer, text), tokenizer.eos_token_id]
     return np.asarray(ids, np.int32), np.ones(len(ids), bool)
-
-
-def _encode(text: str, tokenizer: Any) -> list[int]:
-    """Ids with the special tokens that the tokenizer puts before a text, not those behind it."""
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    if ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token):
-        return ids[:-1]
-    return ids
 
 
 _ENCODERS = {

@@ -63,6 +63,7 @@ def job_in(directory, outputs, *, judge="", letters=False) -> Job:
         examples=EXAMPLES,
         prompts=[],
         templates={"base": "raw"},
+        texts=[],
         settings={},
         inputs={},
     )

@@ -4,6 +4,8 @@ import json
 import math
 import os
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -90,11 +92,12 @@ def test_a_full_disk_is_one_line(tmp_path):
 def test_what_is_not_finite_ends_the_run(tmp_path, name, value, message):
     log = MetricsLog(tmp_path, 0)
     progress = Progress(log, 6, 9, 1, lambda step: 0.0, lambda values: 1.0, 1.0)
-    values = {"loss": 1.0, "grad_norm": 1.0, "tokens": 4.0}
-    progress.made(7, {**values, name: value}, np.asarray([0, 3, 5]))
+    values = {"loss": 1.0, "grad_norm": 1.0, "tokens": 4.0, name: value}
+    progress.made(7, jax.tree.map(jnp.asarray, values), np.asarray([0, 3, 5]))
     with pytest.raises(InputError, match=message):
         progress.catch_up()
-    progress.close(), log.close()
+    progress.close()
+    log.close()
     assert not (tmp_path / FILE).read_text()
 
 
