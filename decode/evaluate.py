@@ -79,9 +79,7 @@ def _write_manifest(config: ConfigDict, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     content = manifest.new(config.to_dict(), {})
     old = manifest.read(directory)
-    where = str(directory / manifest.FILE)
-    runs = Fields(where, old).array("runs", dict) if old else ()
-    content["runs"] = [*runs, manifest.this_run()]
+    content["runs"] = [*(old["runs"] if old else []), manifest.this_run()]
     manifest.write(directory, content)
 
 

@@ -477,7 +477,7 @@ def test_task_runs_keep_the_published_settings(llama, data):
     ("runs", "message"),
     [
         ([], "manifest.json: runs is empty"),
-        (3, "manifest.json: runs must be a list, not 3"),
+        (3, "manifest.json: not a manifest of a job"),
         ([3], "manifest.json: runs must hold dict values, not 3"),
         ([{}], "manifest.json: runs: device is missing"),
         ([{"device": "cpu"}], "manifest.json: runs: versions: proxy_jax is missing"),
