@@ -434,7 +434,7 @@ def test_a_task_that_samples(llama, tmp_path):
         ({"tasks__gsm__data": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
         ({"sweep__alphas": (1.0, 1.0)}, "sweep.alphas: one is there twice"),
         ({"sweep__alphas": ("1",)}, "sweep.alphas: '1' is not a number"),
-        ({"sweep__alphas": (math.inf,)}, "sweep.alphas must be finite"),
+        ({"sweep__alphas": (math.inf,)}, "sweep.alphas: coefficient must be finite"),
         ({"sweep__limit": -2}, "sweep.limit must be at least 0"),
         ({"base__path": "/nowhere/at/all"}, "/nowhere/at/all: no such file or directory"),
         ({"mesh__data": 3}, r"batch_size \(4\) does not divide by the 3 devices"),
