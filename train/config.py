@@ -68,7 +68,8 @@ def check_values(config: ConfigDict) -> None:
     _check_lora(_part(fields, "lora"))
     optimizer_config(config)
     consistent = _part(fields, "consistent")
-    consistent.string("base"), consistent.real("alpha_train", -LARGEST, LARGEST)
+    consistent.string("base")
+    consistent.real("alpha_train", -LARGEST, LARGEST)
     if bool(config.consistent.alpha_train) != bool(config.consistent.base):
         raise InputError("consistent.alpha_train and consistent.base go together: set both or none")
     _part(fields, "architecture")
