@@ -190,8 +190,8 @@ def _check_sweep(config: ConfigDict) -> tuple[float, ...]:
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
             raise InputError(f"sweep.alphas: {alpha!r} is not a number")
         as_schedule(alpha, "sweep.alphas")
-    if len(set(alphas)) < len(alphas):
-        raise InputError(f"sweep.alphas: one is there twice, in {alphas}")
+    if len({f"{float(alpha):g}" for alpha in alphas}) < len(alphas):  # names of directories
+        raise InputError(f"sweep.alphas: one is there twice, to six digits, in {alphas}")
     if config.sweep.limit < 0:
         raise InputError(f"sweep.limit must be at least 0, not {config.sweep.limit}")
     return tuple(sorted(float(alpha) for alpha in alphas))

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,8 @@ def _decode_letters(
             if row < one.completions and row not in file.done:
                 fields = {"row": row, "id": examples[row].id, "prompt": one.prompts[row].text}
                 totals = {name: float(scores[name][alpha]) for name in _letters(examples[row])}
+                # A filter of M may exclude a letter, which then has no score.
+                totals = {name: total for name, total in totals.items() if math.isfinite(total)}
                 file.append([fields | {"letters": totals}])
                 bar.update()
     return {}
