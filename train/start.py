@@ -68,6 +68,8 @@ def open_start(config: ConfigDict) -> Start:
             "base names the model to tune, architecture one to train from random weights: "
             f"{'both are' if config.base else 'neither is'} set"
         )
+    if config.base and config.tokenizer:
+        raise InputError("tokenizer is set, but base has its own; it goes with an architecture")
     if config.base:
         checkpoint = open_checkpoint(os.path.expandvars(config.base))
         model = model_config(checkpoint)

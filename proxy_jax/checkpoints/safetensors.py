@@ -161,7 +161,7 @@ class SafetensorsCheckpoint:
         """Ids that end a text; generation_config.json may name more than config.json does."""
         generation = self.path / "generation_config.json"
         ends = _end_ids(Fields(str(self.path / "config.json"), self.hf_config))
-        if generation.exists():
+        if generation.exists() or generation.is_symlink():  # a link to nothing is damage
             ends |= _end_ids(Fields(str(generation), read_json(generation)))
         return tuple(sorted(ends))
 

@@ -237,6 +237,10 @@ def test_ids_that_end_a_text(llama):
     assert SafetensorsCheckpoint(llama).eos_ids == (2, 5, 7)
     (llama / "config.json").write_text('{"model_type": "llama", "eos_token_id": null}')
     (llama / "generation_config.json").unlink()
+    (llama / "generation_config.json").symlink_to(llama / "lost.json")  # as caches lose files
+    with pytest.raises(InputError, match=r"generation_config.json: no such file"):
+        _ = SafetensorsCheckpoint(llama).eos_ids
+    (llama / "generation_config.json").unlink()
     assert SafetensorsCheckpoint(llama).eos_ids == ()
 
 

@@ -47,3 +47,10 @@ def test_an_end_that_the_base_has_no_row_for(tmp_path):
     config.base = str(write(tmp_path, eos_token_id=[2, TOKENS]))
     with pytest.raises(InputError, match=f"eos_token_id {TOKENS} is out of range"):
         open_start(config)
+
+
+def test_a_tokenizer_beside_a_base(tmp_path):
+    config = sft()
+    config.base = config.tokenizer = str(write(tmp_path))
+    with pytest.raises(InputError, match="tokenizer is set, but base has its own"):
+        open_start(config)
