@@ -326,10 +326,10 @@ def test_a_chat_template_without_a_system_role(single, tmp_path):
     assert raw.apply_chat_template(history) == "<|user|>one</s><|assistant|>"
     assert raw.apply_chat_template(history) == theirs.apply_chat_template(history)
     raw.tokenizer.chat_template = "{{ raise_exception('never') }}"
-    with pytest.raises(InputError, match=r"base: chat template: cannot render .* \(never\)"):
+    with pytest.raises(InputError, match=r"base: the chat template fails \(never\)"):
         raw.apply_chat_template(history)
     raw.tokenizer.chat_template = None
-    with pytest.raises(InputError, match="base: chat template: cannot render the conversation"):
+    with pytest.raises(InputError, match="base: its tokenizer has no chat template"):
         raw.apply_chat_template(history)
 
 
