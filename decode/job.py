@@ -175,7 +175,7 @@ def job_requests(
 
 
 def inputs(trio: Trio, rows: Sequence[PromptRow], requests: Sequence[Request]) -> dict[str, Any]:
-    """What a job's outputs depend on besides its config: its models and what they read and end at.
+    """Tells what outputs depend on besides the config: the models, what they read and end at.
 
     Raises:
       InputError: a model's file that cannot be read.

@@ -164,10 +164,7 @@ class CheckedFields:
         Raises:
           InputError: it is absent without a default, or something else.
         """
-        value = self._value(name, default)
-        if value is not default and not isinstance(value, bool):
-            raise InputError(f"{self.where}: {name} must be true or false, not {shown(value)}")
-        return value
+        return self._of_kind(name, bool, "true or false", default)
 
     def string(self, name: str, *, default: Any = _ABSENT) -> Any:
         """Gives a string.
@@ -175,10 +172,7 @@ class CheckedFields:
         Raises:
           InputError: it is absent without a default, or something else.
         """
-        value = self._value(name, default)
-        if value is not default and not isinstance(value, str):
-            raise InputError(f"{self.where}: {name} must be a string, not {shown(value)}")
-        return value
+        return self._of_kind(name, str, "a string", default)
 
     def choice(self, name: str, known: Sequence[str], *, default: Any = _ABSENT) -> Any:
         """Gives one of several strings.
@@ -211,6 +205,12 @@ class CheckedFields:
                     f"{self.where}: {name} must hold {kind.__name__} values, not {shown(entry)}"
                 )
         return tuple(value)
+
+    def _of_kind(self, name: str, kind: type, words: str, default: Any) -> Any:
+        value = self._value(name, default)
+        if value is not default and not isinstance(value, kind):
+            raise InputError(f"{self.where}: {name} must be {words}, not {shown(value)}")
+        return value
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.fields.get(name)
