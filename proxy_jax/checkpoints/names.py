@@ -130,8 +130,7 @@ class Tensor:
 def tensors(config: ModelConfig) -> list[Tensor]:
     """Every tensor of a model, once."""
     sizes = tuple(config.sizes.items())
-    # Layers have the same parameters: one is made for all, however many the config asks for.
-    params = abstract_params(_with_one_layer(config))
+    params = abstract_params(config.of_one_layer())  # all layers have the same parameters
     rows = (*_TABLE, *_QK_NORMS[config.qk_norm], *_BLOCK_NORMS[config.norms])
     found = []
     for name, dotted, layout in rows:
@@ -144,15 +143,6 @@ def tensors(config: ModelConfig) -> list[Tensor]:
             full: tuple[str | int, ...] = ("layers", i, *path) if layered else path
             found.append(Tensor(name.format(i=i), full, tuple(source), "".join(target), sizes))
     return found
-
-
-def _with_one_layer(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(
-        config,
-        num_layers=1,
-        layer_ropes=config.layer_ropes[:1],
-        layer_windows=config.layer_windows[:1],
-    )
 
 
 def canonical(name: str) -> str | None:

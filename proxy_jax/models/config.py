@@ -135,3 +135,12 @@ class ModelConfig:
             "K": self.num_kv_heads,
             "H": self.head_dim,
         }
+
+    def of_one_layer(self) -> ModelConfig:
+        """The same architecture with its first layer alone; all layers have the same parameters."""
+        return dataclasses.replace(
+            self,
+            num_layers=1,
+            layer_ropes=self.layer_ropes[:1],
+            layer_windows=self.layer_windows[:1],
+        )

@@ -61,17 +61,19 @@ def init(config: ModelConfig, key: jax.Array) -> Params:
 @functools.cache
 def abstract_params(config: ModelConfig) -> Params:
     """Shapes and dtypes of `init`, without allocating."""
-    return jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    one_layer = jax.eval_shape(lambda: init(config.of_one_layer(), jax.random.key(0)))
+    return {**one_layer, "layers": one_layer["layers"] * config.num_layers}
 
 
 @functools.cache
 def logical_axes(config: ModelConfig) -> Params:
     """The name of each axis of each parameter; same structure as `init`."""
-    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config.of_one_layer(), rngs=nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
     axes = jax.tree.map(lambda v: v.get_metadata("logical_axes"), state, is_leaf=is_variable)
-    return _pure(axes)
+    one_layer = _pure(axes)
+    return {**one_layer, "layers": one_layer["layers"] * config.num_layers}
 
 
 def stack_layers(params: Params) -> Params:
