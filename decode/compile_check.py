@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 import launch
@@ -34,14 +33,12 @@ from decode.layouts import (
 from decode.requests import Options, as_schedule
 from decode.scheduler import Generator, bucket, prefill_rows
 from proxy_jax import hlo
-from proxy_jax.checkpoints.loading import open_checkpoint, param_shapes
+from proxy_jax.checkpoints.loading import param_shapes
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
-from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.sharding import Placement
-from proxy_jax.tokenization import Template, Vocabulary
 from proxy_jax.topology import hbm_bytes, tpu_devices
-from proxy_jax.trio import LoadedTrio, Member, ModelSpec, Pass, Plan, Role, Trio
+from proxy_jax.trio import LoadedTrio, Pass, Plan, Trio, describe_trio
 
 _GIB = 2**30
 _MIB = 2**20
@@ -192,7 +189,7 @@ def main(config: ConfigDict) -> None:
     options = job.options(config)
     devices = tpu_devices(config.topology)
     place = job.placement(config, devices)
-    trio = known_trio(job.model_specs(config))
+    trio = describe_trio(job.model_specs(config), ARCHITECTURES)
     if config.context > min(member.config.max_positions for member in trio.members.values()):
         raise InputError(f"context {config.context} is longer than that of a model")
     check = Check(trio, job.plan(config), options, place, config.context)
@@ -243,34 +240,6 @@ def main(config: ConfigDict) -> None:
         _fail("; ".join(failures))
     room = "" if available is None else f" in {available / _GIB:.2f}"
     print(f"verdict: fits, {needed / _GIB:.2f} GiB{room}; no weight moves")
-
-
-def known_trio(
-    specs: Mapping[Role, ModelSpec], known: Mapping[str, dict[str, Any]] = ARCHITECTURES
-) -> Trio:
-    """The models of a job as far as their config.json goes; without tokenizers.
-
-    Args:
-      specs: by role.
-      known: config.json of models by path; the others' are read.
-
-    Raises:
-      InputError: a model whose config is neither known nor to be read.
-    """
-    members = {
-        role: Member(spec, None, _architecture(spec.path, known), None, Template(spec.template))  # type: ignore[arg-type]
-        for role, spec in specs.items()
-    }
-    size = members["base"].config.vocab_size
-    every = np.ones(size, bool)
-    return Trio(members, Vocabulary(size, size, every, every, {}, {}, {}))
-
-
-def _architecture(path: str, known: Mapping[str, dict[str, Any]]) -> ModelConfig:
-    if path in known:
-        return config_from_hf(known[path], path)
-    checkpoint = open_checkpoint(path)
-    return config_from_hf(checkpoint.hf_config, str(checkpoint.path))
 
 
 def print_step(step: StepReport, steps: int, available: int | None) -> None:

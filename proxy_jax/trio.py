@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
-from proxy_jax.checkpoints.adapters import read_adapter, with_adapter
+from proxy_jax.checkpoints.adapters import Layer, put_adapter, read_adapter
+from proxy_jax.checkpoints.architecture import Architecture, random_adapter, random_params
 from proxy_jax.checkpoints.fingerprint import fingerprint
 from proxy_jax.checkpoints.loading import (
     Checkpoint,
@@ -26,6 +29,7 @@ from proxy_jax.cpu import products
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
+from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import beside_nothing
 from proxy_jax.sharding import Placement, make_mesh
 from proxy_jax.tokenization import Prompt, Template, Vocabulary, align, check_ids
@@ -35,6 +39,7 @@ ROLES: tuple[Role, ...] = ("base", "expert", "antiexpert")
 Plan = Literal["separate", "stacked", "shared"]
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZED = ("", "int8")
+_RANK = re.compile(r"rank=([1-9]\d{0,4})")  # of an architecture's adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ModelSpec:
       dtype: of the weights, caches and activations.
       template: see `Template`.
       adapter: a LoRA adapter to put on the model: a PEFT directory, or a LoRA run or one of its
-        checkpoints; empty for none.
+        checkpoints; empty for none. On an architecture, "rank=16" draws one of that rank.
       quantize: "int8" stores the large weights in 8 bits (proxy_jax.models.quantized); empty keeps
         dtype for all.
     """
@@ -62,7 +67,15 @@ class ModelSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """One model of a trio, opened but not loaded."""
+    """One model of a trio, opened but not loaded.
+
+    Attributes:
+      spec: which model it is.
+      checkpoint: its files, or an Architecture, which has none.
+      config: its architecture.
+      tokenizer: a transformers tokenizer; None of an Architecture.
+      template: how it is prompted.
+    """
 
     spec: ModelSpec
     checkpoint: Checkpoint
@@ -117,6 +130,11 @@ class Trio:
         """The roles present, M first."""
         return tuple(role for role in ROLES if role in self.members)
 
+    @property
+    def is_random(self) -> bool:
+        """Whether there are only architectures, whose weights are drawn at random."""
+        return isinstance(self.members["base"].checkpoint, Architecture)
+
     def encode(self, prompt: Prompt) -> dict[Role, list[int]]:
         """Ids of a prompt as each role reads it."""
         return {
@@ -136,7 +154,9 @@ class Trio:
         ends: set[int] = set()
         for role, member in self.members.items():
             checkpoint, rows = member.checkpoint, member.config.vocab_size
-            ids = {*checkpoint.eos_ids, member.tokenizer.eos_token_id} - {None}
+            ids = set(checkpoint.eos_ids)
+            if member.tokenizer and member.tokenizer.eos_token_id is not None:
+                ids.add(member.tokenizer.eos_token_id)
             check_ids(ids, rows, checkpoint.path, "eos_token_id")
             ends |= ids.difference(self.vocabulary.moved.get(role, ()))
         valid = self.vocabulary.valid
@@ -189,11 +209,11 @@ class Trio:
         Raises:
           InputError: names the file and tensor.
         """
-        for member in self.members.values():
+        for role, member in self.members.items():
             table = tensors(member.config)
             check_tensors(member.checkpoint, table, tied=member.config.tied_head)
             if member.spec.adapter:
-                read_adapter(Path(member.spec.adapter).expanduser(), member.config)
+                _adapter(member, role)
 
     def check_placement(self, place: Placement) -> None:
         """Refuses a mesh that does not divide the models' dimensions."""
@@ -234,12 +254,7 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
         if role not in specs:
             continue
         spec = _resolve(specs[role])
-        if spec.dtype not in DTYPES:
-            raise InputError(
-                f"{role}: dtype {spec.dtype!r} is unknown; use one of {', '.join(DTYPES)}"
-            )
-        if spec.quantize not in QUANTIZED:
-            raise InputError(f"{role}: quantize {spec.quantize!r} is unknown; use int8, or nothing")
+        _check_spec(spec, role)
         twin = next((m for m in members.values() if m.spec.path == spec.path), None)
         checkpoint = twin.checkpoint if twin else _open(spec)
         members[role] = Member(
@@ -257,6 +272,44 @@ def open_trio(specs: Mapping[Role, ModelSpec]) -> Trio:
     trio = Trio(members, vocabulary)
     trio.eos_ids()  # refuses those that are none
     return trio
+
+
+def describe_trio(
+    specs: Mapping[Role, ModelSpec], architectures: Mapping[str, dict[str, Any]]
+) -> Trio:
+    """Makes a trio of architectures alone: no tokenizers, and weights that `load_trio` draws.
+
+    Args:
+      specs: by role.
+      architectures: what config.json says, by name; a path that is none of the names is opened,
+        for its config alone.
+
+    Raises:
+      InputError: a model whose config is neither known nor to be read, or models that cannot be
+        combined.
+    """
+    members: dict[Role, Member] = {}
+    for role in ROLES:
+        if role not in specs:
+            continue
+        spec = specs[role]
+        _check_spec(spec, role)
+        known = architectures.get(spec.path)
+        checkpoint = Architecture(Path(spec.path), known or open_checkpoint(spec.path).hf_config)
+        config = config_from_hf(checkpoint.hf_config, spec.path)
+        members[role] = Member(spec, checkpoint, config, None, Template(spec.template))
+    _check_softcaps(members)
+    size = members["base"].config.vocab_size
+    tokens = min(member.config.vocab_size for member in members.values())
+    of_all = np.arange(size) < tokens
+    return Trio(members, Vocabulary(size, tokens, of_all, of_all, {}, {}, {}))
+
+
+def _check_spec(spec: ModelSpec, role: Role) -> None:
+    if spec.dtype not in DTYPES:
+        raise InputError(f"{role}: dtype {spec.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    if spec.quantize not in QUANTIZED:
+        raise InputError(f"{role}: quantize {spec.quantize!r} is unknown; use int8, or nothing")
 
 
 def _resolve(spec: ModelSpec) -> ModelSpec:
@@ -334,7 +387,7 @@ def load_trio(
     stacked_layers: bool | None = None,
     progress: Progress = lambda parameters: None,
 ) -> LoadedTrio:
-    """Opens a trio, or takes one already opened, and loads its weights.
+    """Opens a trio, or takes one already opened, and loads its weights, or draws them.
 
     Args:
       base, expert, antiexpert: paths, hub ids, or specs with a dtype and template.
@@ -370,16 +423,20 @@ def load_trio(
         key = trio.tree_key(one)
         if key not in loaded:
             roles = one.roles[:1] if one.shared else one.roles
-            loaded[key] = load_params(
-                [trio.members[role].checkpoint for role in roles],
-                one.config,
-                one.dtype,
-                place,
-                stacked=stacked_layers,
-                quantize=one.quantize,
-                turned=_turned(one, place),
-                progress=progress,
-            )
+            checkpoints = [trio.members[role].checkpoint for role in roles]
+            stored: Any = {
+                "stacked": stacked_layers,
+                "quantize": one.quantize,
+                "turned": _turned(one, place),
+            }
+            if isinstance(checkpoints[0], Architecture):
+                loaded[key] = random_params(
+                    one.config, one.dtype, place, copies=len(roles), seed=len(loaded), **stored
+                )
+            else:
+                loaded[key] = load_params(
+                    checkpoints, one.config, one.dtype, place, progress=progress, **stored
+                )
         params.append(_adapted(trio, one, loaded[key], place))
     return LoadedTrio(trio, passes, tuple(params), place, stacked_layers)
 
@@ -394,12 +451,31 @@ def _turned(one: Pass, place: Placement) -> bool:
 
 def _adapted(trio: Trio, one: Pass, params: Params, place: Placement) -> Params:
     """Puts the adapter of a pass's first role, the expert, on its weights."""
-    adapter = trio.members[one.roles[0]].spec.adapter
-    if not adapter:
+    role = one.roles[0]
+    member = trio.members[role]
+    if not member.spec.adapter:
         return params
-    path, turned = Path(adapter).expanduser(), _turned(one, place)
-    params = with_adapter(params, path, one.config, one.dtype, place, turned=turned)
+    layers = _adapter(member, role)
+    params = put_adapter(params, layers, one.dtype, place, turned=_turned(one, place))
     return beside_nothing(params) if one.shared else params
+
+
+def _adapter(member: Member, role: Role) -> list[Layer]:
+    """The matrices of a member's adapter: read, or of an architecture drawn.
+
+    Raises:
+      InputError: an adapter that cannot be read.
+    """
+    adapter = member.spec.adapter
+    if not isinstance(member.checkpoint, Architecture):
+        return read_adapter(Path(adapter).expanduser(), member.config)
+    rank = _RANK.fullmatch(adapter)
+    if not rank:
+        raise InputError(
+            f"{role}: adapter is {adapter!r}, and {member.spec.path} an architecture, whose "
+            "adapter is drawn at random: say its rank, as in rank=16"
+        )
+    return random_adapter(member.config, int(rank[1]))
 
 
 def _check_softcaps(members: Mapping[Role, Member]) -> None:

@@ -82,7 +82,18 @@ def with_adapter(
     Raises:
       InputError: an adapter of another kind or for another model; names the key or tensor.
     """
-    layers = read_adapter(path, config)
+    return put_adapter(params, read_adapter(path, config), dtype, place, turned=turned)
+
+
+def put_adapter(
+    params: Params, layers: list[Layer], dtype: Any, place: Placement, *, turned: bool = False
+) -> Params:
+    """Puts an adapter on a model's parameters.
+
+    Args:
+      params, dtype, place, turned: as in `with_adapter`.
+      layers: the matrices of each layer.
+    """
     stacked = isinstance(params["layers"], dict)
     if stacked:
         layers = _alike(layers)

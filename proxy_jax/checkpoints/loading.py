@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from proxy_jax.checkpoints.gguf import GGUFCheckpoint
 from proxy_jax.checkpoints.names import Tensor, tensors
 from proxy_jax.checkpoints.native import NativeCheckpoint, find_run
 from proxy_jax.checkpoints.safetensors import SafetensorsCheckpoint
@@ -21,8 +20,15 @@ from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, abstract_params, logical_axes
 from proxy_jax.models.hf_config import config_from_hf
-from proxy_jax.models.quantized import Quantized, quantise, quantized_axes, quantized_shapes
-from proxy_jax.models.turned import INPUTS, Turned
+from proxy_jax.models.quantized import (
+    Quantized,
+    map_weights,
+    quantise,
+    quantized_axes,
+    quantized_shapes,
+    turned_axes,
+)
+from proxy_jax.models.turned import INPUTS, Turned, turn
 from proxy_jax.reading import reading
 from proxy_jax.sharding import Axes, Placement, is_axes
 
@@ -83,6 +89,8 @@ def open_checkpoint(location: str) -> Checkpoint:
     with reading(location):
         path = Path(location).expanduser()
     if path.is_file():
+        from proxy_jax.checkpoints.gguf import GGUFCheckpoint  # needs gguf, which nothing else does
+
         return GGUFCheckpoint(path)
     if run := find_run(path):
         return NativeCheckpoint(run)
@@ -276,6 +284,7 @@ def param_shapes(
     stacked: bool,
     copies: int = 1,
     quantize: str = "",
+    turned: bool = False,
 ) -> Params:
     """What `load_params` gives for so many checkpoints, as jax.ShapeDtypeStructs with shardings."""
     lead = (copies,) if copies > 1 else ()
@@ -285,6 +294,9 @@ def param_shapes(
     )
     if quantize:
         whole, axes = quantized_shapes(whole), quantized_axes(axes)
+    elif turned:
+        whole = jax.eval_shape(lambda params: map_weights(turn, params), whole)
+        axes = turned_axes(axes)
 
     def shape(names: Axes, leaf: Any, lead: Shape) -> Any:
         sharding = place.sharding((None,) * len(lead) + names)

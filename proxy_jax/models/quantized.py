@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from proxy_jax.models import turned
-from proxy_jax.models.turned import INPUTS
+from proxy_jax.models.turned import INPUTS, Turned
 from proxy_jax.sharding import is_axes
 
 _LARGEST = 127
@@ -45,17 +45,18 @@ class Quantized:
         return self.values.ndim
 
 
-def quantise(weight: np.ndarray, outputs: int) -> tuple[np.ndarray, np.ndarray]:
+def quantise(weight: Any, outputs: int) -> tuple[Any, Any]:
     """Rounds a weight to values and scales.
 
     Args:
-      weight: [out..., in...], floating-point.
+      weight: [out..., in...], floating-point, of numpy or JAX, as the values and scales are then.
       outputs: how many axes out is.
     """
+    xp = weight.__array_namespace__()
     full = weight.astype(np.float32)
     inputs = tuple(range(outputs, weight.ndim))
-    scales = _scale(np.abs(full).max(axis=inputs))
-    return np.rint(full / np.expand_dims(scales, inputs)).astype(np.int8), scales
+    scales = _scale(xp.abs(full).max(axis=inputs))
+    return xp.rint(full / xp.expand_dims(scales, inputs)).astype(np.int8), scales
 
 
 def product(spec: str, x: jax.Array, weight: Quantized) -> jax.Array:
@@ -94,6 +95,15 @@ def quantized_axes(axes: Any) -> Any:
 
     def of_weight(names: tuple[str | None, ...], inputs: int) -> Quantized:
         return Quantized(names[inputs:] + names[:inputs], names[inputs:])
+
+    return map_weights(of_weight, axes, is_leaf=is_axes)
+
+
+def turned_axes(axes: Any) -> Any:
+    """Logical axes of a model's params with turned weights, from those of its plain params."""
+
+    def of_weight(names: tuple[str | None, ...], inputs: int) -> Turned:
+        return Turned(names[inputs:] + names[:inputs])
 
     return map_weights(of_weight, axes, is_leaf=is_axes)
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import pytest
 
-from decode.compile_check import Check, StepReport, known_trio
+from decode.compile_check import Check, StepReport, describe_trio
 from decode.requests import Options
 from proxy_jax.errors import InputError
 from proxy_jax.sharding import Placement, make_mesh
@@ -46,7 +46,7 @@ def trio(quantize: str = "") -> Trio:
         role: ModelSpec(name, "bfloat16", quantize=quantize)
         for role, name in zip(roles, table, strict=True)
     }
-    return known_trio(specs, table)
+    return describe_trio(specs, table)
 
 
 def place(topology: str = "v5e:2x2", **mesh: int) -> Placement:
