@@ -77,9 +77,11 @@ def decoding() -> ConfigDict:
     config.overwrite = False  # replaces the output of another job; the same job goes on
 
     # decode.benchmark: M alone and the trio under each plan and dtype, each of these batches,
-    # prompts and outputs. dtypes: "float32", "bfloat16", "float16", or "int8", for 8-bit weights
-    # with the rest as the models' dtype says; empty for what the models say. plans: empty for the
-    # plan above. compare: "torch", the same trio in a loop over transformers' models.
+    # prompts and outputs. A path above may name one of architectures.py: then all models have
+    # random weights, and expert.adapter is a rank ("rank=16"). dtypes: "float32", "bfloat16",
+    # "float16", or "int8", for 8-bit weights with the rest as the models' dtype says; empty for
+    # what the models say. plans: empty for the plan above. compare: "torch", the same trio in a
+    # loop over transformers' models.
     config.benchmark = ConfigDict(
         {
             "batch_sizes": (1, 8, 32),

@@ -5,7 +5,14 @@
         --config.benchmark.dtypes="('float32','int8')" --config.benchmark.compare=torch
 
 Takes a decoding config and measures the functions that decode.generate runs, on random prompts;
-greedy, every row as long as asked for. configs/defaults.py explains the fields of `benchmark`. The
+greedy, every row as long as asked for. No model needs to be there: a path may name one of
+configs/architectures.py, and then every model has random weights, drawn on the devices.
+
+    python -m decode.benchmark --config=configs/llama2_13b_task.py --config.plan=shared \\
+        --config.expert.path=meta-llama/Llama-2-7b-hf --config.expert.adapter=rank=16 \\
+        --config.output_dir=runs/benchmark
+
+configs/defaults.py explains the fields of `benchmark`. The
 floor of a step is the time to read what it must (decode.timing.step_bytes) at the bandwidth that a
 matrix-vector product reaches here, the best seen before and between the rows. Prints a table, and
 writes benchmark.json and benchmark.png into the output directory.
@@ -28,12 +35,13 @@ from ml_collections import ConfigDict
 
 import launch
 import manifest
+from configs.architectures import ARCHITECTURES
 from configs.defaults import decoding
 from decode import job, memory, timing
 from decode.timing import Case, Times
 from decode.torch_loop import TorchTrio
 from proxy_jax.errors import InputError
-from proxy_jax.trio import DTYPES, Plan, Trio, load_trio, open_trio
+from proxy_jax.trio import DTYPES, Plan, Trio, describe_trio, load_trio, open_trio
 
 ALONE = "alone"  # in place of a plan: M without the others
 Row = dict[str, Any]
@@ -60,6 +68,7 @@ def main(config: ConfigDict) -> None:
         print(
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
             f"{bandwidth / 1e9:.1f} GB/s read by a matrix-vector product"
+            + ("; random weights" if trios[0].is_random else "")
         )
     directory = Path(config.output_dir).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
@@ -106,6 +115,8 @@ def make_cases(settings: ConfigDict) -> list[Case]:
 def open_with(config: ConfigDict, dtype: str) -> Trio:
     """Opens the config's models as if they said this dtype; as they are for an empty one.
 
+    Where a path names an architecture, only the architectures of all models are known.
+
     Raises:
       InputError: an unknown dtype, or models that cannot be combined.
     """
@@ -120,7 +131,10 @@ def open_with(config: ConfigDict, dtype: str) -> Trio:
         )
     else:
         fields = {}
-    return open_trio({role: dataclasses.replace(spec, **fields) for role, spec in specs.items()})
+    specs = {role: dataclasses.replace(spec, **fields) for role, spec in specs.items()}
+    if any(spec.path in ARCHITECTURES for spec in specs.values()):
+        return describe_trio(specs, ARCHITECTURES)
+    return open_trio(specs)
 
 
 def check(config: ConfigDict, trio: Trio, plan: Plan, cases: Sequence[Case]) -> None:

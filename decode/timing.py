@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from decode.requests import Options, Request, as_schedule
+from decode.sampling import Sampling
 from decode.scheduler import Generator, longest_contexts
 from proxy_jax.trio import LoadedTrio, Trio
 
+GREEDY = Sampling()
 _PROBED = 2**28  # bytes read to measure the bandwidth,
 _IN_A_ROW = 20  # so many times, so that the start of a product does not count
 
@@ -65,9 +67,15 @@ def base_alone(loaded: LoadedTrio) -> LoadedTrio:
 
 
 def measure(
-    loaded: LoadedTrio, case: Case, *, alpha: float, chunk_steps: int, repeats: int
+    loaded: LoadedTrio,
+    case: Case,
+    *,
+    alpha: float,
+    chunk_steps: int,
+    repeats: int,
+    sampling: Sampling = GREEDY,
 ) -> Times:
-    """Runs what the Generator runs, greedy, after one run that compiles and warms up.
+    """Runs what the Generator runs, after one run that compiles and warms up.
 
     Args:
       loaded: a trio, or M alone.
@@ -75,11 +83,13 @@ def measure(
       alpha: the coefficient.
       chunk_steps: steps between two looks of the host.
       repeats: measured runs.
+      sampling: how tokens are drawn; greedy by default.
     """
     options = Options(
         batch_size=case.batch,
         max_new_tokens=case.output,
         alpha=alpha,
+        sampling=sampling,
         eos_ids=(),
         chunk_steps=min(chunk_steps, case.output),
     )

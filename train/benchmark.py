@@ -4,7 +4,12 @@
         --config.data.path=rows.jsonl --config.benchmark.compare=torch
 
 Takes a training config: its model, its first batch, its dtype. Nothing is saved but the figures:
-benchmark.json in the output directory.
+benchmark.json in the output directory. Without data.path the rows are full of random tokens. Nor
+does a model need to be there: base may name one of configs/architectures.py, or architecture stand
+without a tokenizer, and the weights are random, drawn on the devices.
+
+    python -m train.benchmark --config=configs/train/llama2_13b_gsm_lora.py \\
+        --config.data.path= --config.batch_size=4 --config.output_dir=runs/benchmark
 """
 
 from __future__ import annotations
@@ -12,25 +17,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import time
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 import launch
 import manifest
+from configs.architectures import ARCHITECTURES
 from configs.train.defaults import sft
+from proxy_jax.checkpoints.architecture import Architecture
+from proxy_jax.errors import InputError
+from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.reading import reading
 from proxy_jax.rows import local_path
 from proxy_jax.sharding import Placement
-from train.config import check_benchmark, check_config
+from train.config import check_benchmark, check_values
 from train.data import Batches
 from train.flops import peak_flops, step_flops
 from train.job import (
     XLA_FLAGS,
+    held_parts,
     initial_state,
     make_batching,
     make_recipe,
@@ -40,6 +49,7 @@ from train.job import (
 )
 from train.start import Start, open_start
 from train.step import train_step
+from train.timing import random_batch, time_steps
 from train.torch_trainer import trainer_step_seconds
 
 _GIB = 2**30
@@ -47,14 +57,15 @@ _GIB = 2**30
 
 def main(config: ConfigDict) -> None:
     """One row of the table after another; then the file."""
-    check_config(config)
+    check_values(config)
     check_benchmark(config)
+    if not config.output_dir:
+        raise InputError("output_dir is empty: where do the figures go?")
     settings = config.benchmark
     directory = local_path(config.output_dir)
-    start = open_start(config)
+    start = open_model(config)
     place = training_placement(config, start.model)
-    (examples, _), _ = read_examples(config, start.tokenizer)
-    batch = next(iter(Batches(examples, make_batching(config, place, 1))))
+    batch = first_batch(config, start, place)
     peak = peak_flops(config.compute_dtype)
     print(
         f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.compute_dtype}, "
@@ -94,6 +105,35 @@ def main(config: ConfigDict) -> None:
     manifest.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
 
 
+def open_model(config: ConfigDict) -> Start:
+    """Opens what the config names; an architecture needs no tokenizer here.
+
+    Raises:
+      InputError: as train.start.open_start, or rows without a tokenizer to read them.
+    """
+    known = ARCHITECTURES.get(config.base)
+    if config.architecture and (known or config.tokenizer or config.base):
+        return open_start(config)
+    if not known and not config.architecture:
+        return open_start(config)
+    name, fields = config.base or "architecture", known or config.architecture.to_dict()
+    if config.data.path:
+        raise InputError(
+            f"data.path is set, but {name} is an architecture, which has no tokenizer to read it; "
+            "leave it empty, for rows of random tokens"
+        )
+    return Start(config_from_hf(fields, name), None, (), Architecture(Path(name), fields))
+
+
+def first_batch(config: ConfigDict, start: Start, place: Placement) -> dict[str, np.ndarray]:
+    """This process's rows of a batch, [B, T] arrays: the first of the data, or random tokens."""
+    if config.data.path:
+        (examples, _), _ = read_examples(config, start.tokenizer)
+        return next(iter(Batches(examples, make_batching(config, place, 1))))
+    rows = config.batch_size // place.split("batch") * len(held_parts(place))
+    return random_batch(rows, config.max_length, start.model.vocab_size)
+
+
 def measure(
     config: ConfigDict, start: Start, batch: dict[str, np.ndarray], place: Placement
 ) -> tuple[dict[str, Any], dict[str, float]]:
@@ -114,14 +154,9 @@ def measure(
         memory[remat] = analysis.temp_size_in_bytes if analysis else None
         step = step or compiled
     assert step is not None
-    seconds = []
-    for i in tqdm(range(config.benchmark.steps + 1), unit="step", leave=False):
-        started = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, frozen, arrays))
-        if i:  # the first touches memory that the others find warm
-            seconds.append(time.perf_counter() - started)
+    seconds, metrics = time_steps(step, state, frozen, arrays, config.benchmark.steps)
     row = {"by": "proxy_jax", "rank": config.lora.rank, "remat": config.remat, "seconds": seconds}
-    return row | {"temporary_bytes": memory}, {k: float(v) for k, v in metrics.items()}
+    return row | {"temporary_bytes": memory}, metrics
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from proxy_jax.checkpoints.architecture import Architecture, random_params
 from proxy_jax.checkpoints.loading import Checkpoint, load_params, model_config, open_checkpoint
 from proxy_jax.errors import InputError
 from proxy_jax.models.config import ModelConfig
@@ -27,7 +28,8 @@ class Start:
       model: the architecture.
       tokenizer: a transformers tokenizer.
       eos_ids: ids that end a text, besides the tokenizer's.
-      checkpoint: where the weights are; None if they are to be drawn at random.
+      checkpoint: where the weights are; None if training starts from random ones. An Architecture
+        has none either, and numbers to measure with take their place.
     """
 
     model: ModelConfig
@@ -39,11 +41,13 @@ class Start:
         """The weights, on the mesh: read, or normal(1 / sqrt(inputs)).
 
         Args:
-          dtype: of the parameters that are read; random ones are float32.
+          dtype: of the parameters; those that training starts from are float32.
           place: the mesh and rules.
-          key: of random weights.
+          key: of the random weights that training starts from.
           stacked: one array with a leading axis for all layers, instead of a tuple of layers.
         """
+        if isinstance(self.checkpoint, Architecture):
+            return random_params(self.model, dtype, place, stacked=stacked)
         if self.checkpoint:
             return load_params([self.checkpoint], self.model, dtype, place, stacked=stacked)
         make = lambda key: init(self.model, key)  # noqa: E731

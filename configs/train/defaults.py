@@ -85,8 +85,9 @@ def sft() -> ConfigDict:
     config.distributed = False  # one of several processes, all started alike: README, Many hosts
 
     # What train.benchmark measures: so many steps, the compiled step's memory under each of these
-    # remat policies, and ranks in place of lora.rank (0 is full fine-tuning). compare: "torch" for
-    # transformers' Trainer (with peft) beside it.
+    # remat policies, and ranks in place of lora.rank (0 is full fine-tuning). base may name one of
+    # architectures.py, for random weights, and data.path be empty, for rows of random tokens.
+    # compare: "torch" for transformers' Trainer (with peft) beside it.
     config.benchmark = ConfigDict(
         {"steps": 5, "remat": ("none", "dots", "full"), "ranks": (), "compare": ""}
     )

@@ -8,11 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from decode import benchmark, engine
+from configs.defaults import decoding
+from decode import benchmark, engine, memory, timing
 from decode.torch_loop import TorchTrio
 from proxy_jax.errors import InputError
 from tests.decode.jobs import config_of
-from tests.trios import EOS, PROMPTS, STEPS
+from tests.trios import EOS, PROMPTS, ROLES, STEPS
+
+
+@pytest.fixture(autouse=True)
+def little_to_read(monkeypatch):
+    """The bandwidth is asked for anew at each row."""
+    monkeypatch.setattr(timing, "_PROBED", 2**20)
+
 
 CASES = [(1, 5, 4), (2, 5, 4)]
 
@@ -100,6 +108,45 @@ def test_table(llama, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if " against torch float32: " in line]) >= 4
     assert (Path(config.output_dir) / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_architectures_alone(tmp_path, capsys):
+    """No file is there: weights of the shapes are drawn, and so is an adapter of the rank."""
+    config = decoding()
+    for role in ROLES:
+        config[role].path = "tiny"
+    config.expert.adapter, config.plan = "rank=4", "shared"
+    config.output_dir = str(tmp_path)
+    small = {"batch_sizes": (2,), "prompt_lengths": (5,), "output_lengths": (4,), "repeats": 1}
+    config.benchmark.update(small, dtypes=("bfloat16", "int8"), compare="torch")
+    benchmark.main(config)
+    assert "random weights" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(row["by"], row["dtype"], row["plan"]) for row in rows] == [
+        ("proxy_jax", "bfloat16", "alone"),
+        ("proxy_jax", "bfloat16", "shared"),
+        ("proxy_jax", "int8", "alone"),
+        ("proxy_jax", "int8", "shared"),
+        ("torch", "bfloat16", "alone"),
+        ("torch", "bfloat16", "trio"),
+    ]
+    # By hand, for one layer of two: q and o, k and v, gate, up and down; then the head.
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    adapter = 4 * (2 * 128 + 2 * 96 + 3 * 192)
+    norms = 5 * 64
+    model = 2 * layer + 512 * 64 + norms
+    slots = 2 * (5 + 4 / 2) * (2 * 2 * 2 * 16)  # of two rows: keys and values, layers, heads
+    assert rows[0]["step_bytes"] == 2 * (model + slots)
+    assert rows[1]["step_bytes"] == 2 * (2 * model + 2 * adapter + 3 * slots)
+
+
+def test_architectures_that_do_not_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_available", lambda place: 2**30)
+    config = decoding()
+    config.base.path, config.output_dir = "meta-llama/Llama-2-7b-hf", str(tmp_path)
+    config.benchmark.update(batch_sizes=(1,), prompt_lengths=(5,), output_lengths=(4,))
+    with pytest.raises(InputError, match=r"needs about 1[23]\.\d GiB a device"):
+        benchmark.main(config)
 
 
 def test_the_torch_loop_is_proxy_tuning(llama):
