@@ -6,13 +6,14 @@
 #   make test-real             downloads a small real model and compares with transformers
 #   make test-real-trio        the two Qwen2.5-Coder models against a plain torch loop (an hour)
 #   make test-reference        the published code's stored completions against its stored results
+#   make device-check          what this machine does, on random weights: eight minutes on a GPU
 #   make lint                  ruff (rules and format) and mypy
 
 PYTHON ?= python3
 EXTRAS ?= cpu
 BIN := .venv/bin
 
-.PHONY: quickstart venv test test-real test-real-trio test-reference lint format
+.PHONY: quickstart venv test test-real test-real-trio test-reference device-check lint format
 
 quickstart: venv
 	$(BIN)/python quickstart.py
@@ -42,6 +43,9 @@ test-real-trio: .venv/testing
 
 test-reference: .venv/testing
 	$(BIN)/python -m pytest -m reference
+
+device-check: venv
+	$(BIN)/python -m device_check
 
 lint: .venv/testing
 	$(BIN)/ruff check .

@@ -14,7 +14,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",  # hashlib.file_digest
-    packages=find_packages(include=["proxy_jax*", "decode*", "train*", "configs*"]),
+    packages=find_packages(
+        include=["proxy_jax*", "decode*", "train*", "configs*", "device_check*"]
+    ),
     package_data={"proxy_jax.cpu": ["*.cc"]},
     py_modules=["last_words", "launch", "manifest", "native_stderr", "processes"],
     install_requires=[

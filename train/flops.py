@@ -42,12 +42,21 @@ def step_flops(model: ModelConfig, metrics: Mapping[str, float], *, lora: bool) 
       metrics: of train_step: "tokens", "trained_tokens" and "pairs".
       lora: only an adapter is trained.
     """
-    times = 2 if lora else 3
+    products, attention = forward_flops(model, metrics)
+    return (2 if lora else 3) * products + 3 * attention
+
+
+def forward_flops(model: ModelConfig, metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Floating-point operations of one forward pass: products with weights, and attention.
+
+    Args:
+      model, metrics: as in `step_flops`.
+    """
     layers = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(model)["layers"]))
     head = model.vocab_size * model.model_dim
     products = 2 * (layers * metrics["tokens"] + head * metrics["trained_tokens"])
     attention = 4 * model.num_heads * model.head_dim * model.num_layers * metrics["pairs"]
-    return times * products + 3 * attention
+    return products, attention
 
 
 def peak_flops(dtype: Any) -> float:

@@ -1,0 +1,1 @@
+"""One command that says what this machine does with the engine: `python -m device_check`."""
