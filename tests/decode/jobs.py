@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs.defaults import decoding
+from tests.programs import environment
 from tests.trios import PROMPTS, ROLES, TinyTrio
 
 ROOT = Path(__file__).parents[2]
@@ -65,11 +65,7 @@ def start(
     return subprocess.Popen(
         ["sh", "-c", f'{before}exec "$@"', "sh", *command],
         cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(Path(config.base.path).parent / "compiled"),
-        },
+        env=environment(JAX_DISABLE_MOST_OPTIMIZATIONS="1"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

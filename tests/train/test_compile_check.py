@@ -22,19 +22,19 @@ from train.start import Start
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu, the compiler, is not installed", allow_module_level=True)
 
-LAYERS = 6
+LAYERS, WIDTH, INNER, VOCABULARY = 6, 512, 1408, 8192
 
 
 def job(**sizes: int) -> ConfigDict:
     config = sft()
     fields = {
         "model_type": "llama",
-        "vocab_size": 32000,
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
     }
     config.architecture = ConfigDict(fields | sizes)
     config.batch_size = 16
@@ -50,10 +50,10 @@ def test_the_step():
     model = architecture(config)
     place = training_placement(config, model, tpu_devices("v5e:2x2"))
     report = check(config, make_recipe(config, model, 10, place))
-    layer = 4 * 1024**2 + 3 * 1024 * 2816
-    parameters = LAYERS * layer + 2 * 32000 * 1024
+    layer = 4 * WIDTH**2 + 3 * WIDTH * INNER
+    parameters = LAYERS * layer + 2 * VOCABULARY * WIDTH
     # Parameters and two moments in float32, a quarter on each device; norms are on all.
-    norms = (2 * LAYERS + 1) * 1024
+    norms = (2 * LAYERS + 1) * WIDTH
     counters = 2 * 4
     assert report.state == 3 * 4 * (parameters // 4 + norms) + counters
     assert report.memory.temporary < 2 * report.state

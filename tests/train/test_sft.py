@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import fcntl
 import json
-import os
 import random
 import shutil
 import signal
@@ -27,6 +26,7 @@ from proxy_jax.errors import InputError
 from proxy_jax.models import decoder
 from proxy_jax.trio import ModelSpec, load_trio
 from tests import trios
+from tests.programs import environment
 from train import sft
 
 EIGHT = ("mesh__data", "mesh__fsdp", "mesh__tensor")
@@ -180,7 +180,10 @@ def test_signals(base, lora_run, tmp_path, kind):
     if kind == signal.SIGTERM:
         config.checkpoint_every = 1000  # only the signal makes one
     process = subprocess.Popen(
-        command_of(config), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command_of(config),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     metrics, checkpoints = tmp_path / "metrics.jsonl", tmp_path / "checkpoints"
     begun = (
@@ -234,18 +237,17 @@ def start_two(config, directory, devices):
         "from configs.train.defaults import sft\n\n\ndef get_config():\n    config = sft()\n"
         f"    config.update({config.to_dict()!r})\n    return config\n"
     )
-    environment = {
-        **os.environ,
-        "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-        "JAX_NUM_PROCESSES": "2",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    variables = environment(
+        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+        JAX_NUM_PROCESSES="2",
+        XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+        JAX_DISABLE_MOST_OPTIMIZATIONS="1",
+    )
     return [
         subprocess.Popen(
             [sys.executable, "-m", "train.sft", f"--config={file}"],
             cwd=Path(__file__).parents[2],
-            env={**environment, "JAX_PROCESS_ID": str(index)},
+            env={**variables, "JAX_PROCESS_ID": str(index)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
