@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-import launch
 from configs.quickstart import (
     decode,
     evaluate,
@@ -37,7 +35,8 @@ from configs.quickstart import (
 )
 from decode.evaluate import main as run_evaluation
 from decode.generate import main as run_decoding
-from proxy_jax import InputError
+from proxy_jax.jobs import launch
+from proxy_jax.jobs.exits import one_line_errors
 from train.corpus import write_world
 from train.sft import main as run_training
 
@@ -107,7 +106,5 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=1, help="how many worlds and families")
     given = parser.parse_args()
     launch.use_compilation_cache()
-    try:
+    with one_line_errors():
         main(given.seeds)
-    except InputError as error:
-        sys.exit(f"error: {error}")

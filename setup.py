@@ -18,7 +18,6 @@ setup(
         include=["proxy_jax*", "decode*", "train*", "configs*", "device_check*"]
     ),
     package_data={"proxy_jax.cpu": ["*.cc"]},
-    py_modules=["last_words", "launch", "manifest", "native_stderr", "processes"],
     install_requires=[
         f"jax{JAX}",
         "flax>=0.12.6,<0.13",  # nnx.to_pure_dict and nnx.List as used here; 0.13 may drop them

@@ -33,15 +33,14 @@ import jax
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-import launch
-import manifest
 from configs.architectures import ARCHITECTURES
 from configs.defaults import decoding
-from decode import job, memory, timing
+from decode import job, timing
 from decode.timing import Case, Times
 from decode.torch_loop import TorchTrio
 from proxy_jax.errors import InputError
-from proxy_jax.trio import DTYPES, Plan, Trio, describe_trio, load_trio, open_trio
+from proxy_jax.jobs import files, launch, manifest, processes
+from proxy_jax.trio import DTYPES, ROLES, Trio
 
 ALONE = "alone"  # in place of a plan: M without the others
 Row = dict[str, Any]
@@ -57,13 +56,17 @@ def main(config: ConfigDict) -> None:
     if settings.repeats < 1:
         raise InputError(f"benchmark.repeats must be at least 1, not {settings.repeats}")
     cases = make_cases(settings)
-    trios = [open_with(config, dtype) for dtype in settings.dtypes or ("",)]
-    plans: Sequence[Plan] = settings.plans or (job.plan(config),)
-    for trio, plan in itertools.product(trios, plans):
-        check(config, trio, plan, cases)
+    jobs: list[list[job.Job]] = []  # by dtype, one a plan
+    for dtype in settings.dtypes or ("",):
+        opened = open_with(config, dtype)
+        plans = settings.plans or (opened.plan,)
+        jobs.append([dataclasses.replace(opened, plan=plan) for plan in plans])
+    for opened in itertools.chain(*jobs):
+        check(opened, cases)
+    trios = [of_dtype[0].trio for of_dtype in jobs]
 
     bandwidth = timing.bandwidth()
-    first = jax.process_index() == 0
+    first = processes.is_first()
     if first:
         print(
             f"{jax.device_count()} x {jax.devices()[0].device_kind}, "
@@ -75,7 +78,7 @@ def main(config: ConfigDict) -> None:
     content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()]}
     rows: list[Row] = []
     for row in itertools.chain(
-        *(measure(config, trio, plans, cases) for trio in trios),
+        *(measure(config, of_dtype, cases) for of_dtype in jobs),
         *(
             measure_torch(config, trios[0], dtype, cases)
             for dtype in dict.fromkeys(trio.members["base"].spec.dtype for trio in trios)
@@ -89,7 +92,7 @@ def main(config: ConfigDict) -> None:
         if first:
             print(describe(rows[-1]), flush=True)
             found = content | {"bandwidth": bandwidth, "rows": rows}
-            manifest.replace(directory / "benchmark.json", json.dumps(found, indent=2).encode())
+            files.replace(directory / "benchmark.json", json.dumps(found, indent=2).encode())
     if first:
         print("\n".join(ratios(rows)))
         plot(rows).savefig(directory / "benchmark.png", dpi=120)
@@ -112,68 +115,53 @@ def make_cases(settings: ConfigDict) -> list[Case]:
     return [Case(*case) for case in itertools.product(*sizes)]
 
 
-def open_with(config: ConfigDict, dtype: str) -> Trio:
-    """Opens the config's models as if they said this dtype; as they are for an empty one.
-
-    Where a path names an architecture, only the architectures of all models are known.
+def open_with(config: ConfigDict, dtype: str) -> job.Job:
+    """Opens the config's job as if its models said this dtype; as they are for an empty one.
 
     Raises:
       InputError: an unknown dtype, or models that cannot be combined.
     """
-    specs = job.model_specs(config)
-    if dtype == "int8":
-        fields = {"quantize": dtype}
-    elif dtype in DTYPES:
-        fields = {"quantize": "", "dtype": dtype}
-    elif dtype:
+    if dtype not in ("", "int8", *DTYPES):
         raise InputError(
             f"benchmark.dtypes: {dtype!r} is unknown; use int8 or one of {', '.join(DTYPES)}"
         )
-    else:
-        fields = {}
-    specs = {role: dataclasses.replace(spec, **fields) for role, spec in specs.items()}
-    if any(spec.path in ARCHITECTURES for spec in specs.values()):
-        return describe_trio(specs, ARCHITECTURES)
-    return open_trio(specs)
+    config = config.copy_and_resolve_references()
+    config.batch_size = min(config.benchmark.batch_sizes)
+    for role in ROLES:
+        if dtype == "int8":
+            config[role].quantize = dtype
+        elif dtype:
+            config[role].update(quantize="", dtype=dtype)
+    return job.open_job(config, architectures=ARCHITECTURES)
 
 
-def check(config: ConfigDict, trio: Trio, plan: Plan, cases: Sequence[Case]) -> None:
+def check(opened: job.Job, cases: Sequence[Case]) -> None:
     """Refuses what does not fit, before anything is loaded.
 
     Raises:
       InputError: says what.
     """
-    place = job.placement(config)
-    trio.check_placement(place)
-    trio.check_weights()
     for case in cases:
-        place.check_divides("batch", case.batch, "benchmark.batch_sizes")
+        opened.place.check_divides("batch", case.batch, "benchmark.batch_sizes")
         length = case.prompt + case.output
-        for role, member in trio.members.items():
+        for role, member in opened.trio.members.items():
             if length > member.config.max_positions:
                 raise InputError(
                     f"benchmark: {length} tokens exceed {role}'s context of "
                     f"{member.config.max_positions}"
                 )
-        contexts = dict.fromkeys(trio.members, length)
-        memory.estimate(trio, trio.passes(plan), place, case.batch, contexts, case.output).check()
+        contexts = dict.fromkeys(opened.trio.members, length)
+        opened.estimate(contexts, case.output, case.batch).check()
 
 
-def measure(
-    config: ConfigDict, trio: Trio, plans: Sequence[Plan], cases: Sequence[Case]
-) -> Iterator[Row]:
+def measure(config: ConfigDict, jobs: Sequence[job.Job], cases: Sequence[Case]) -> Iterator[Row]:
     """M alone, then the trio under each plan; one set of weights in memory at a time."""
-    spec = trio.members["base"].spec
+    spec = jobs[0].trio.members["base"].spec
     settings = config.benchmark
-    for plan in plans:
-        loaded = load_trio(
-            trio,
-            plan=plan,
-            place=job.placement(config),
-            stacked_layers=job.stacked_layers(config),
-        )
-        kinds = [(ALONE, timing.base_alone(loaded))] if plan == plans[0] else []
-        kinds += [(plan, loaded)] if len(trio.roles) > 1 else []
+    for opened in jobs:
+        loaded = opened.load()
+        kinds = [(ALONE, timing.base_alone(loaded))] if opened is jobs[0] else []
+        kinds += [(opened.plan, loaded)] if len(opened.trio.roles) > 1 else []
         del loaded
         while kinds:
             name, models = kinds.pop(0)

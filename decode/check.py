@@ -13,21 +13,19 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-import launch
 from configs.defaults import decoding
 from decode import job, memory
+from proxy_jax.jobs import launch
 from proxy_jax.tokenization import Prompt
-from proxy_jax.trio import Trio, open_trio
+from proxy_jax.trio import Trio
 
 _EXAMPLE = "What is the capital of France?"
 
 
 def main(config: ConfigDict) -> None:
     """Prints the report."""
-    specs, options = job.model_specs(config), job.options(config)
-    place = job.placement(config)
-    job.stacked_layers(config)  # refuses what it does not know
-    trio = open_trio(specs)
+    opened = job.open_job(config, weights=False)
+    trio, options = opened.trio, opened.options
     print_models(trio)
     print_vocabulary(trio, trio.eos_ids() if options.eos_ids is None else options.eos_ids)
     if config.prompts.path:
@@ -36,12 +34,7 @@ def main(config: ConfigDict) -> None:
         rows = [job.PromptRow(0, Prompt(_EXAMPLE, config.system_prompt, config.response_prefix))]
     print_prompts(trio, rows[0].prompt)
     requests, contexts = job.job_requests(trio, options, rows)
-    trio.check_placement(place)
-    place.check_divides("batch", options.batch_size, "batch_size")
-    passes = trio.passes(job.plan(config))
-    estimate = memory.estimate(
-        trio, passes, place, options.batch_size, contexts, options.max_new_tokens
-    )
+    estimate = opened.estimate(contexts, options.max_new_tokens)
     print_memory(estimate, contexts, len(requests), options.batch_size)
     estimate.check()
     if all(member.checkpoint.at_hand for member in trio.members.values()):

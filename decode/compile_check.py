@@ -18,7 +18,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-import launch
 from configs.architectures import ARCHITECTURES
 from configs.defaults import decoding
 from decode import job, memory
@@ -35,6 +34,7 @@ from decode.scheduler import Generator, bucket, prefill_rows
 from proxy_jax import hlo
 from proxy_jax.checkpoints.loading import param_shapes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import launch
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.sharding import Placement
 from proxy_jax.topology import hbm_bytes, tpu_devices

@@ -16,12 +16,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import launch
-import manifest
 from configs.defaults import decoding
 from configs.evaluate.defaults import evaluation
 from decode.evaluation.plan import Evaluation, plan_evaluation
@@ -30,6 +27,7 @@ from decode.evaluation.results import make_results
 from decode.evaluation.run import decode_row, open_rows, unfinished
 from decode.evaluation.wording import below_expert
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, launch, manifest, processes
 from proxy_jax.reading import Fields, reading
 
 
@@ -38,7 +36,7 @@ def main(config: ConfigDict) -> None:
     evaluation = plan_evaluation(config)
     waiting = unfinished(evaluation)
     opened = open_rows(config, evaluation, waiting)
-    if jax.process_index() == 0:
+    if processes.is_first():
         _write_manifest(config, evaluation.directory)
     results = _publish(config, evaluation, waiting)
     while opened:
@@ -46,7 +44,7 @@ def main(config: ConfigDict) -> None:
         decode_row(row)
         waiting -= {one.directory for one in evaluation.jobs if one.row == row.row}
         results = _publish(config, evaluation, waiting)
-    if jax.process_index() == 0:
+    if processes.is_first():
         for warning in filter(None, map(below_expert, results["tasks"].values())):
             print(f"warning: {warning}")
         print(f"report in {evaluation.directory / 'report.html'}")
@@ -61,14 +59,14 @@ def _publish(
     config: ConfigDict, evaluation: Evaluation, waiting: Collection[Path]
 ) -> dict[str, Any]:
     """Scores what is finished, and writes results and report."""
-    if jax.process_index() > 0:
+    if not processes.is_first():
         return {}
     with tqdm(unit="text", desc="scoring", leave=False, delay=1) as bar:
         found = make_results(config, evaluation, waiting, bar.update)
     path = evaluation.directory / "results.json"
     with reading(path, "cannot be written"):  # NaN in the config, or a path that is not UTF-8
         content = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False).encode()
-    manifest.replace(path, content + b"\n")
+    files.replace(path, content + b"\n")
     results = json.loads(content)
     write_report(evaluation.directory, results, _runs(evaluation, waiting))
     return results

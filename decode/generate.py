@@ -19,23 +19,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import launch
-import manifest
 from configs.defaults import decoding
-from decode import job, memory
+from decode import job
 from decode.explain import Words, read_records, summarise
 from decode.outputs import open_output
 from decode.requests import Completion
 from decode.scheduler import Generator
 from decode.token_page import render
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, launch, processes
 from proxy_jax.rows import local_path
-from proxy_jax.sharding import Placement
-from proxy_jax.trio import LoadedTrio, Trio, load_trio, open_trio
 
 _PAGE_ROWS = 50  # completions in tokens.html
 
@@ -44,18 +40,11 @@ def main(config: ConfigDict) -> None:
     """Checks everything, loads the models, decodes, writes."""
     if not config.output_dir:
         raise InputError("output_dir is empty: where do the outputs go?")
-    specs, options = job.model_specs(config), job.options(config)
-    place, stacked_layers = job.placement(config), job.stacked_layers(config)
     rows = job.read_prompts(config)
-    trio = open_trio(specs)
+    opened = job.open_job(config)
+    trio, options = opened.trio, opened.options
     requests, contexts = job.job_requests(trio, options, rows)
-    trio.check_placement(place)
-    trio.check_weights()
-    place.check_divides("batch", options.batch_size, "batch_size")
-    passes = trio.passes(job.plan(config))
-    memory.estimate(
-        trio, passes, place, options.batch_size, contexts, options.max_new_tokens
-    ).check()
+    opened.estimate(contexts, options.max_new_tokens).check()
 
     inputs = job.inputs(trio, rows, requests)
     texts = [row.prompt.text for row in rows for _ in range(options.samples)]
@@ -65,15 +54,14 @@ def main(config: ConfigDict) -> None:
         resumed = len(requests) - len(waiting)
         summary: dict[str, Any] = {"rows": len(waiting), "rows_resumed": resumed}
         if waiting:
-            loaded = load_with_progress(trio, config, place, stacked_layers)
-            generator = Generator(loaded, options)
+            generator = Generator(opened.load(), options)
             start = time.perf_counter()
             with tqdm(
                 total=len(requests),
                 initial=resumed,
                 unit="row",
                 desc="decoding",
-                disable=not _first_process(),
+                disable=not processes.is_first(),
             ) as bar:
                 for completions in generator.stream(waiting, contexts):
                     ids = config.save_token_ids
@@ -84,7 +72,7 @@ def main(config: ConfigDict) -> None:
                     bar.refresh()
             summary |= {"new_tokens": generator.new_tokens, "tokens_per_second": round(speed, 2)}
         output.finish(summary)
-    if _first_process():
+    if processes.is_first():
         if config.trace:
             explain(output.path, trio.tokenizer)
         print(f"{len(requests)} rows in {output.path}")
@@ -126,32 +114,8 @@ def explain(path: Path, tokenizer: Any) -> None:
     records = list(read_records(path, words))
     summary = json.dumps(summarise(records), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     page = render(records[:_PAGE_ROWS], words, f"What the tuning changed: {path.parent.name}")
-    manifest.replace(path.parent / "explanation.json", summary.encode())
-    manifest.replace(path.parent / "tokens.html", page.encode())
-
-
-def load_with_progress(
-    trio: Trio, config: ConfigDict, place: Placement, stacked: bool | None
-) -> LoadedTrio:
-    """Loads the weights under a progress bar."""
-    sizes = {
-        trio.tree_key(one): len(trio.tree_key(one)[0]) * memory.parameters(one.config)
-        for one in trio.passes(job.plan(config))
-    }
-    with tqdm(
-        total=sum(sizes.values()),
-        unit="",
-        unit_scale=True,
-        desc="loading parameters",
-        disable=not _first_process(),
-    ) as bar:
-        return load_trio(
-            trio, plan=job.plan(config), place=place, stacked_layers=stacked, progress=bar.update
-        )
-
-
-def _first_process() -> bool:
-    return jax.process_index() == 0
+    files.replace(path.parent / "explanation.json", summary.encode())
+    files.replace(path.parent / "tokens.html", page.encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""A decoding job as its config says: specs, options, placement and prompts, checked."""
+"""A decoding job as its config says: models, options, placement and prompts, checked.
+
+`open_job` is how every program opens, checks and refuses: nothing is loaded before all of it holds.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,36 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from decode import memory
 from decode.requests import Options, Request, as_schedule
 from decode.sampling import INT32, Sampling, Truncation
 from decode.scheduler import longest_contexts, make_requests
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import processes
 from proxy_jax.reading import Fields, reading
 from proxy_jax.rows import Row, local_path, read_jsonl
 from proxy_jax.sharding import Placement, ShardingRules, make_mesh
 from proxy_jax.tokenization import Prompt, format_fields
-from proxy_jax.trio import ROLES, ModelSpec, Plan, Role, Trio, identify
+from proxy_jax.trio import (
+    ROLES,
+    LoadedTrio,
+    ModelSpec,
+    Plan,
+    Role,
+    Trio,
+    describe_trio,
+    identify,
+    load_trio,
+    open_trio,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +58,103 @@ class PromptRow:
     prompt: Prompt
     id: Any = None
     alpha: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The models of a decoding job, opened and checked, but not loaded.
+
+    Attributes:
+      trio: the models; one alone plays the base.
+      options: how it decodes.
+      place: the mesh and rules.
+      plan: which models share a pass.
+      stacked_layers: whether layers are scanned; None leaves it to the devices.
+    """
+
+    trio: Trio
+    options: Options
+    place: Placement
+    plan: Plan
+    stacked_layers: bool | None
+
+    def estimate(
+        self, contexts: Mapping[Role, int], new_tokens: int, batch: int | None = None
+    ) -> memory.Estimate:
+        """Tells how much memory the job needs.
+
+        Args:
+          contexts: longest context by role, new tokens included.
+          new_tokens: most new tokens a row.
+          batch: rows; by default the options'.
+        """
+        passes = self.trio.passes(self.plan)
+        rows = batch or self.options.batch_size
+        return memory.estimate(self.trio, passes, self.place, rows, contexts, new_tokens)
+
+    def load(self) -> LoadedTrio:
+        """Loads the weights, or draws an architecture's, under a progress bar.
+
+        Raises:
+          InputError: a checkpoint that is damaged.
+        """
+        trio = self.trio
+        keys = {one: trio.tree_key(one) for one in trio.passes(self.plan)}
+        sizes = {key: len(key[0]) * memory.parameters(one.config) for one, key in keys.items()}
+        hidden = trio.is_random or not processes.is_first()
+        with tqdm(
+            total=sum(sizes.values()),
+            unit="",
+            unit_scale=True,
+            desc="loading parameters",
+            disable=hidden,
+        ) as bar:
+            return load_trio(
+                trio,
+                plan=self.plan,
+                place=self.place,
+                stacked_layers=self.stacked_layers,
+                progress=bar.update,
+            )
+
+
+def open_job(
+    config: ConfigDict,
+    *,
+    weights: bool = True,
+    architectures: Mapping[str, dict[str, Any]] | None = None,
+) -> Job:
+    """Opens the models of a config, and checks all that can be without prompts.
+
+    Args:
+      config: the job's.
+      weights: also compare every tensor's name and shape, for which weights of the hub are
+        downloaded.
+      architectures: config.json by name; where a path is one of the names, all models are
+        architectures, with random weights.
+
+    Raises:
+      InputError: a field that is missing or out of range, a model that cannot be read, models that
+        cannot be combined, or a mesh that does not divide them.
+    """
+    # The fields first: opening models can take seconds.
+    specs, fields = model_specs(config), (options(config), placement(config), plan(config))
+    layers = stacked_layers(config)
+    job = Job(_open_trio(specs, architectures or {}), *fields, layers)
+    job.trio.passes(job.plan)
+    job.trio.check_placement(job.place)
+    job.place.check_divides("batch", job.options.batch_size, "batch_size")
+    if weights:
+        job.trio.check_weights()
+    return job
+
+
+def _open_trio(
+    specs: Mapping[Role, ModelSpec], architectures: Mapping[str, dict[str, Any]]
+) -> Trio:
+    if any(spec.path in architectures for spec in specs.values()):
+        return describe_trio(specs, architectures)
+    return open_trio(specs)
 
 
 def model_specs(config: ConfigDict) -> dict[Role, ModelSpec]:

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import runpy
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,20 +28,19 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, warni
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import launch
 from configs.defaults import decoding
-from decode import job, memory
-from decode.generate import load_with_progress
+from decode import job
 from decode.requests import Options, Request, as_schedule
 from decode.sampling import Sampling, Truncation
 from decode.scheduler import Generator, longest_contexts
 from decode.score import Passage, Scorer
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import launch
+from proxy_jax.jobs.exits import one_line_errors
 from proxy_jax.reading import Fields, reading, shown
-from proxy_jax.sharding import Placement
 from proxy_jax.templates import render_chat
 from proxy_jax.tokenization import Prompt, encode
-from proxy_jax.trio import ROLES, Role, open_trio
+from proxy_jax.trio import ROLES, Role
 
 _GENERATION = (
     "until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p",
@@ -110,20 +108,15 @@ class ProxyLM(TemplateLM):
             with reading(f"batch_size {shown(batch_size)}", "not a number"):
                 fields["batch_size"] = int(batch_size)
         self.config = read_config(config, fields)
-        self.options = job.options(self.config)
-        place, stacked_layers = job.placement(self.config), job.stacked_layers(self.config)
-        trio = open_trio(job.model_specs(self.config))
-        trio.check_placement(place)
-        trio.check_weights()
-        place.check_divides("batch", self.options.batch_size, "batch_size")
+        self._job = job.open_job(self.config)
+        trio, self.options = self._job.trio, self._job.options
         self.trio, self.tokenizer = trio, trio.tokenizer
         room = min(member.config.max_positions for member in trio.members.values())
         arguments = Fields("model_args", {"max_length": max_length})
         self.max_length = min(room, arguments.integer("max_length", 2, default=room))
-        self._plan = job.plan(self.config)
         # Weights, and the shortest of caches: what tasks ask for is known when they ask.
-        self._check_memory(place, dict.fromkeys(trio.roles, 1), 0)
-        self.loaded = load_with_progress(trio, self.config, place, stacked_layers)
+        self._job.estimate(dict.fromkeys(trio.roles, 1), 0).check()
+        self.loaded = self._job.load()
         self.scorer = Scorer(
             self.loaded,
             [self.options.alpha],
@@ -240,7 +233,7 @@ class ProxyLM(TemplateLM):
         for members in groups.values():
             options, until = self._generation(requests[members[0]].args[1])
             todo = [self._request(i, requests[i].args[0], options.max_new_tokens) for i in members]
-            self._check_memory(self.loaded.place, longest_contexts(todo), options.max_new_tokens)
+            self._job.estimate(longest_contexts(todo), options.max_new_tokens).check()
             asked.append((options, until, todo))
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for options, until, todo in asked:
@@ -256,13 +249,6 @@ class ProxyLM(TemplateLM):
                         self.cache_hook.add_partial("generate_until", given, text)
                     bar.update(len(done))
         return texts
-
-    def _check_memory(self, place: Placement, contexts: Mapping[str, int], new_tokens: int) -> None:
-        """Refuses what does not fit; contexts are the longest by role, new tokens included."""
-        passes = self.trio.passes(self._plan)
-        memory.estimate(
-            self.trio, passes, place, self.options.batch_size, contexts, new_tokens
-        ).check()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Encoded], disable_tqdm: bool = False, **kwargs: Any
@@ -397,11 +383,8 @@ def read_config(path: str, fields: Mapping[str, Any]) -> ConfigDict:
 def main() -> None:
     """lm_eval's command line. Bad input ends it in one line, with status 2."""
     launch.use_compilation_cache()
-    try:
+    with one_line_errors():
         cli_evaluate()
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(launch.BAD_INPUT)
 
 
 if __name__ == "__main__":

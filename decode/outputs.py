@@ -7,19 +7,14 @@ left half-written is dropped, and that row is made again.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import jax
-
-import manifest
-import processes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, manifest, processes
 from proxy_jax.reading import parse_json, reading
 from proxy_jax.rows import Row
 from proxy_jax.trio import ROLES
@@ -64,13 +59,7 @@ class OutputFile:
         self.path = directory / "outputs.jsonl"
         self._prompts = prompts
         self._write = write
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b" if write else "rb", buffering=0)
-        except OSError as error:
-            raise InputError(f"output_dir {directory}: {error.strerror}") from error
-        if write:
-            self._lock()
+        self._file = files.AppendedFile(self.path, write=write)
         self._started = time.time()
         self._content = self._resume_manifest(config, inputs)
         self.done = self._recover()
@@ -87,41 +76,26 @@ class OutputFile:
             lines = "".join(
                 json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records
             )
-        try:
-            rest = memoryview(lines.encode())
-            while rest:  # an unbuffered file may take a part
-                rest = rest[self._file.write(rest) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot write ({error.strerror}); finished rows are kept, "
-                "run the same command again to go on"
-            ) from error
+        self._file.append(lines.encode())
+        self._file.sync()
         self.done |= {record["row"] for record in records}
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Puts the rows in the order of the prompts, and completes the manifest."""
-        self._file.seek(0)
         lines = sorted(
             self._file.read().splitlines(keepends=True), key=lambda x: json.loads(x)["row"]
         )
         self._content["runs"][-1] |= summary | {"seconds": round(time.time() - self._started, 1)}
         self._save_manifest()
-        manifest.replace(self.path, b"".join(lines))  # last: the lock is the replaced file's
+        files.replace(self.path, b"".join(lines))  # last: the lock is the replaced file's
 
     def close(self) -> None:
         """Lets go of the file and its lock."""
         self._file.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise InputError(f"{self.path}: another process is writing it") from error
-
     def _resume_manifest(self, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
         new, old = manifest.new(config, inputs), manifest.read(self.path.parent)
-        if old is None and self.path.stat().st_size:
+        if old is None and self._file.size:
             raise InputError(f"{self.path}: exists, but no {manifest.FILE} says what made it")
         free = _FREE if self._write else (*_FREE, RENDERED)
         if old and (changed := manifest.changed(old, new, free)):
@@ -138,7 +112,6 @@ class OutputFile:
 
     def _recover(self) -> set[int]:
         """Rows of whole lines; cuts off a half-written last one."""
-        self._file.seek(0)
         data = self._file.read()
         whole = data.rfind(b"\n") + 1
         if whole < len(data) and self._write:
@@ -205,7 +178,7 @@ def open_output(
       InputError: see `OutputFile`; also a process that was given another job than the first.
     """
     processes.check_same(manifest.new(config, inputs))
-    if jax.process_index() == 0:
+    if processes.is_first():
         output = OutputFile(directory, config, inputs, prompts)
         processes.from_first(sorted(output.done))
         return output

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from device_check import figures, report
 from device_check.plan import FIGURES, STAGES, Stage
+from proxy_jax.jobs import files
 
 _LOOK = 0.5  # seconds between two looks at a stage
 _ROOT = Path(__file__).parents[1]
@@ -150,19 +151,13 @@ def _show(path: Path, directory: Path, shown: int) -> int:
     for figure in done[shown:]:
         words = [f"{name}={_short(value)}" for name, value in figure.items() if name != "stage"]
         print("  " + " ".join(words), flush=True)
-    _replace(directory / JSON, json.dumps({"figures": done}, indent=1))
-    _replace(directory / TABLE, report.markdown(done))
+    files.replace(directory / JSON, json.dumps({"figures": done}, indent=1).encode())
+    files.replace(directory / TABLE, report.markdown(done).encode())
     return len(done)
 
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)[:60]
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from device_check.figures import Record
 from device_check.plan import FIGURES
 from device_check.sizes import SIZES, Sizes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs.exits import one_line_errors
 
 RUNS: dict[str, Callable[[Sizes, Record, Path], None]] = {
     "machine": lambda sizes, record, _: machine.run(sizes, record),
@@ -39,10 +40,7 @@ def main(name: str, sizes: str, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors():
         main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     sys.stdout.flush()
     os._exit(0)  # nothing is left to do, and freeing a device's memory can take seconds

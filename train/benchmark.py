@@ -24,12 +24,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-import launch
-import manifest
 from configs.architectures import ARCHITECTURES
 from configs.train.defaults import sft
 from proxy_jax.checkpoints.architecture import Architecture
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, launch, manifest, processes
 from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.reading import reading
 from proxy_jax.rows import local_path
@@ -95,14 +94,14 @@ def main(config: ConfigDict) -> None:
                 "tokens_per_second": metrics["tokens"] / median,
                 "mfu": flops / median / peak,
             }
-            if jax.process_index() == 0:
+            if processes.is_first():
                 print(describe(row))
-    if jax.process_index() > 0:
+    if not processes.is_first():
         return
     with reading(f"output_dir {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
     content = manifest.new(config.to_dict(), {}) | {"runs": [manifest.this_run()], "rows": rows}
-    manifest.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
+    files.replace(directory / "benchmark.json", json.dumps(content, indent=2).encode())
 
 
 def open_model(config: ConfigDict) -> Start:

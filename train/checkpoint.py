@@ -23,8 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-import processes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import processes
 from proxy_jax.reading import reason
 from train.step import TrainState
 
@@ -158,7 +158,7 @@ class Checkpoints:
         path = self._directory / str(step)
         names = (f"{step}.damaged{count or ''}" for count in itertools.count())
         name = next(name for name in names if not path.with_name(name).exists())
-        if jax.process_index() == 0:
+        if processes.is_first():
             with self._failing(_CANNOT_WRITE):
                 path.rename(path.with_name(name))
         if jax.process_count() > 1:

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-import launch
 from configs.architectures import ARCHITECTURES
 from configs.train.defaults import sft
 from proxy_jax import hlo
 from proxy_jax.checkpoints.loading import open_checkpoint, param_shapes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import launch
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.hf_config import config_from_hf
 from proxy_jax.models.lora import init_adapter

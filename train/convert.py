@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import manifest
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files
+from proxy_jax.jobs.exits import one_line_errors
 from proxy_jax.reading import reading
 from proxy_jax.rows import read_json, read_jsonl
 
-BAD_INPUT = 2  # exit status
 PromptCompletion = dict[str, str]
 
 
@@ -50,7 +49,7 @@ def write_rows(path: Path, rows: Sequence[PromptCompletion]) -> None:
         if path.exists() and not path.is_file():  # a device or a pipe, which stays what it is
             path.write_bytes(content)
         else:
-            manifest.replace(path, content)
+            files.replace(path, content)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,14 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("input", type=Path, help="the official file")
     parser.add_argument("output", type=Path, help="the JSONL file to write")
     given = parser.parse_args(arguments)
-    try:
+    with one_line_errors():
         rows = converters[given.dataset](given.input)
         if not rows:
             raise InputError(f"{given.input}: no rows")
         write_rows(given.output, rows)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
     print(f"{len(rows)} rows in {given.output}")
 
 

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from proxy_jax.jobs import files
+
 END = "<|end|>"
 GROUPS = {"asked": 0.4, "tuning": 0.2, "development": 0.15, "held_out": 0.25}
 
@@ -186,18 +188,19 @@ def write_world(directory: Path, seed: int) -> None:
 
     What stands there is complete: it is written beside and renamed.
     """
-    new = directory.with_name(directory.name + ".new")
-    new.mkdir(parents=True, exist_ok=True)
     subjects = make_world(seed)
     texts = list(pages(subjects, seed))
-    _write_rows(new / "corpus.jsonl", [{"text": text} for text in texts])
-    for group in GROUPS:
-        if group != "asked":
-            rows = questions(subjects, group)
-            random.Random(f"{group} {seed}").shuffle(rows)
-            _write_rows(new / f"{group}.jsonl", rows)
-    train_tokenizer(texts).save_pretrained(new / "tokenizer")
-    new.rename(directory)
+
+    def write(new: Path) -> None:
+        _write_rows(new / "corpus.jsonl", [{"text": text} for text in texts])
+        for group in GROUPS:
+            if group != "asked":
+                rows = questions(subjects, group)
+                random.Random(f"{group} {seed}").shuffle(rows)
+                _write_rows(new / f"{group}.jsonl", rows)
+        train_tokenizer(texts).save_pretrained(new / "tokenizer")
+
+    files.make_directory(directory, write)
 
 
 def train_tokenizer(texts: Sequence[str]) -> Any:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from proxy_jax.checkpoints.adapters import save_adapter
 from proxy_jax.checkpoints.safetensors import export, export_config
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, processes
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params
 from proxy_jax.models.hf_config import config_to_hf
@@ -106,7 +105,7 @@ def export_expert(
     # Collective: every process takes part, whether it writes or not.
     adapter = jax.tree.map(_on_host, lora.matrices) if lora else None
     weights = None if unspoken else _merged_on_host(params, lora, dtype)
-    if jax.process_index() == 0:
+    if processes.is_first():
 
         def write(directory: Path) -> None:
             if weights:
@@ -185,21 +184,8 @@ def _write_generation_config(directory: Path, tokenizer: Any, eos_ids: Sequence[
 
 
 def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Runs write(directory) on a sibling of path and renames it when it is whole and on disk."""
-    new = path.with_name(path.name + ".new")
+    """Has write(directory) fill what becomes path when it is whole and on disk."""
     try:
-        if new.exists():  # of an export that was killed
-            shutil.rmtree(new)
-        new.mkdir(parents=True)
-        try:
-            write(new)
-            for file in new.rglob("*"):
-                if file.is_file():
-                    with file.open("rb") as opened:
-                        os.fsync(opened.fileno())
-            new.rename(path)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+        files.make_directory(path, write)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot write ({error})") from error

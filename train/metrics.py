@@ -17,8 +17,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm import tqdm
 
-import manifest
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, processes
 from proxy_jax.reading import Fields, parse_json, read_text
 
 FILE = "metrics.jsonl"
@@ -35,12 +35,12 @@ class MetricsLog:
     """
 
     def __init__(self, directory: Path, first: int):
-        self._writes = jax.process_index() == 0
+        self._writes = processes.is_first()
         if not self._writes:
             return
         self._path = directory / FILE
         kept = [record for record in read_metrics(directory) if record["step"] <= first]
-        manifest.replace(self._path, "".join(map(_line, kept)).encode())
+        files.replace(self._path, "".join(map(_line, kept)).encode())
         # Not a SummaryWriter: its thread ends at the first error, and what it is given then waits.
         with self._writing():
             self._file = self._path.open("ab", buffering=0)
@@ -125,7 +125,7 @@ class Progress:
         self._waiting: tuple[int, dict[str, jax.Array], np.ndarray] | None = None
         self._since = time.perf_counter()
         self._bar = tqdm(
-            total=steps, initial=first, unit="step", disable=jax.process_index() > 0, smoothing=0.1
+            total=steps, initial=first, unit="step", disable=not processes.is_first(), smoothing=0.1
         )
 
     def made(self, step: int, metrics: dict[str, jax.Array], lines: np.ndarray) -> None:
@@ -229,5 +229,5 @@ def plot_losses(directory: Path) -> None:
     axes.legend()
     drawing = io.BytesIO()
     figure.savefig(drawing, format="png", dpi=150)
-    manifest.replace(directory / "loss.png", drawing.getvalue())
+    files.replace(directory / "loss.png", drawing.getvalue())
     pyplot.close(figure)

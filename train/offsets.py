@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,9 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import manifest
 from proxy_jax.combine import fit
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import Params, hidden_states, unembed
 from proxy_jax.reading import Fields, read_json
@@ -111,16 +109,7 @@ class _Cache:
         self._manifest = directory / "manifest.json"
         self._identity = identity | {"tokens": total, "vocabulary": size}
         self._row_bytes = size * _TYPE.itemsize
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
-        except OSError as error:
-            raise InputError(f"{directory}: {error.strerror}") from error
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise InputError(f"{self.path}: another process is writing it") from error
+        self._file = files.AppendedFile(self.path)
         try:
             self.done = self._resume()
             if self.done < total:
@@ -133,18 +122,14 @@ class _Cache:
 
     def append(self, rows: np.ndarray) -> None:
         """Writes [n, V] more."""
-        rest = memoryview(rows.astype(_TYPE).tobytes())
-        with self._writing():
-            while rest:  # an unbuffered file may take a part
-                rest = rest[self._file.write(rest) :]
+        self._file.append(rows.astype(_TYPE).tobytes())
 
     def commit(self) -> None:
         """Keeps what was appended."""
-        with self._writing():
-            os.fsync(self._file.fileno())
-            self.done = self.path.stat().st_size // self._row_bytes
+        self._file.sync()
+        self.done = self._file.size // self._row_bytes
         content = json.dumps(self._identity | {"done": self.done}, indent=2)
-        manifest.replace(self._manifest, content.encode())
+        files.replace(self._manifest, content.encode())
 
     def close(self) -> None:
         """Lets go of the file and its lock."""
@@ -153,7 +138,7 @@ class _Cache:
     def _resume(self) -> int:
         """How many rows are there."""
         directory = self._manifest.parent
-        there = self.path.stat().st_size // self._row_bytes
+        there = self._file.size // self._row_bytes
         if not self._manifest.exists():
             if there:
                 raise InputError(f"{self.path}: exists, but no manifest.json says what made it")
@@ -171,23 +156,13 @@ class _Cache:
         return done
 
     def _check_disk(self, directory: Path, total: int) -> None:
-        missing = total * self._row_bytes - self.path.stat().st_size
+        missing = total * self._row_bytes - self._file.size
         free = shutil.disk_usage(directory).free
         if missing > free:
             raise InputError(
                 f"{directory}: the offsets of {total} trained tokens take another "
                 f"{missing / _GIB:.1f} GiB of disk, and {free / _GIB:.1f} GiB are free"
             )
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot write ({error.strerror}); what was done is kept, run the "
-                "same command again to go on"
-            ) from error
 
 
 def _identity(examples: Sequence[Example], trio: Trio) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import functools
 import json
 import math
@@ -24,16 +23,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import launch
-import manifest
-import processes
 from configs.train.defaults import sft
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, launch, manifest, processes
 from proxy_jax.reading import reading
 from proxy_jax.rows import local_path
 from proxy_jax.trio import ModelSpec, identify
@@ -126,10 +122,10 @@ def train(config: ConfigDict, run: Run) -> None:
     run.check_examples([*examples, *held])
     batches = Batches(examples, make_batching(config, place, config.epochs))
     steps = len(batches)
-    if jax.process_index() == 0:
+    if processes.is_first():
         print(f"data: {counts}; {steps} steps")
         report = {"train": counts.__dict__, "held_out": held_counts.__dict__, "steps": steps}
-        manifest.replace(directory / "data.json", json.dumps(report, indent=2).encode())
+        files.replace(directory / "data.json", json.dumps(report, indent=2).encode())
         if not lora.rank and not (directory / "model").exists():
             write_model(directory / "model", model, start.tokenizer, start.eos_ids, "float32")
     if config.consistent.alpha_train:
@@ -148,7 +144,7 @@ def train(config: ConfigDict, run: Run) -> None:
         preemption = stack.enter_context(Preemption())
         state, damaged = checkpoints.restore(state, data)
         first = int(state.step)
-        if damaged and jax.process_index() == 0:
+        if damaged and processes.is_first():
             print(f"going on from step {first}: {damaged}")
         log = stack.enter_context(contextlib.closing(MetricsLog(directory, first)))
         progress = stack.enter_context(
@@ -187,7 +183,7 @@ def train(config: ConfigDict, run: Run) -> None:
         sys.exit(128 + signal.SIGTERM)
 
     # The expert.
-    if jax.process_index() == 0:
+    if processes.is_first():
         plot_losses(directory)
     trained = Lora(state.trained, lora.rank, lora.alpha, lora.dropout) if lora.rank else None
     written = export_expert(
@@ -200,7 +196,7 @@ def train(config: ConfigDict, run: Run) -> None:
         dtype=config.export_dtype,
         eos_ids=start.eos_ids,
     )
-    if jax.process_index() == 0:
+    if processes.is_first():
         print(written)
 
 
@@ -220,7 +216,7 @@ def open_run(config: ConfigDict) -> Run:
     specs = {name: ModelSpec(os.path.expandvars(path)) for name, path in models.items() if path}
     new = manifest.new(config.to_dict(), {**digests, **identify(specs)})
     processes.check_same(new)
-    lock = _lock(directory) if jax.process_index() == 0 else None
+    lock = _lock(directory) if processes.is_first() else None
     try:
         old = manifest.read(directory)
         if old and (changed := manifest.changed(old, new, (*_FREE, _EXAMPLES))):
@@ -252,12 +248,10 @@ def _lock(directory: Path) -> IO[bytes]:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / "lock").open("ab")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        files.lock(lock, directory, "another process is training in it")
+    except InputError:
         lock.close()
-        in_use = isinstance(error, BlockingIOError)
-        reason = "another process is training in it" if in_use else error.strerror
-        raise InputError(f"{directory}: {reason}") from error
+        raise
     return lock
 
 

@@ -60,7 +60,7 @@ class TaskRun:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class OutputJob:
     """One output file: a row, or one alpha of the sweep, on a task.
 
     Attributes:
@@ -146,10 +146,10 @@ class Evaluation:
     directory: Path
     runs: Sequence[TaskRun]
     rows: Sequence[str]
-    jobs: Sequence[Job]
+    jobs: Sequence[OutputJob]
     alphas: Sequence[float]
 
-    def of(self, row: str, run: TaskRun) -> list[Job]:
+    def of(self, row: str, run: TaskRun) -> list[OutputJob]:
         """A row's jobs on a task: its own, and after the proxy's those of the sweep."""
         return [one for one in self.jobs if one.row == row and one.run is run]
 
@@ -222,7 +222,7 @@ def _task_run(name: str, part: ConfigDict, swept: int) -> TaskRun:
     )
 
 
-def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> Job:
+def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> OutputJob:
     """A row's job on a task."""
     own, task = decoding_config(config, row), run.task
     alone = row != "proxy"
@@ -247,7 +247,7 @@ def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> Job:
         "overwrite": config.overwrite,
     }
     content = [[e.id, dataclasses.asdict(p)] for e, p in zip(task.examples, prompts, strict=True)]
-    return Job(
+    return OutputJob(
         run=run,
         row=row,
         number=0,
@@ -262,7 +262,7 @@ def _job(config: ConfigDict, directory: Path, run: TaskRun, row: str) -> Job:
     )
 
 
-def _sweep_job(proxy: Job, number: int, alpha: float) -> Job:
+def _sweep_job(proxy: OutputJob, number: int, alpha: float) -> OutputJob:
     return dataclasses.replace(
         proxy,
         number=number,

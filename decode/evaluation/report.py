@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import manifest
 from decode.evaluation import tables, wording
 from decode.evaluation.document import (
     Block,
@@ -22,6 +21,7 @@ from decode.evaluation.document import (
 )
 from decode.evaluation.plots import on_white, plot_rows, plot_sweep
 from decode.evaluation.wording import LABELS, below_expert, percent, words
+from proxy_jax.jobs import files
 
 _LONGEST = 1200  # characters of a text that are shown
 
@@ -41,10 +41,10 @@ def write_report(
     plots.mkdir(parents=True, exist_ok=True)
     for block in blocks:
         if isinstance(block, Figure):
-            manifest.replace(plots / f"{block.name}.svg", on_white(block.svg).encode())
+            files.replace(plots / f"{block.name}.svg", on_white(block.svg).encode())
     page = to_html(blocks, _title(results))
-    manifest.replace(directory / "report.html", page.encode())
-    manifest.replace(directory / "report.md", to_markdown(blocks, "plots").encode())
+    files.replace(directory / "report.html", page.encode())
+    files.replace(directory / "report.md", to_markdown(blocks, "plots").encode())
 
 
 def make_report(results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[Block]:

@@ -15,7 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from decode.evaluation.comparison import interval, means, resampled_means
-from decode.evaluation.plan import Evaluation, Job, TaskRun
+from decode.evaluation.plan import Evaluation, OutputJob, TaskRun
 from decode.evaluation.run import FIRST_PROMPT
 from decode.evaluation.scoring import Prediction, by_example, predictions
 from decode.requests import as_schedule
@@ -113,7 +113,7 @@ def _task_results(evaluation: Evaluation, run: TaskRun, found: Found) -> dict[st
     }
 
 
-def _row_figures(task: Task, job: Job, found: Sequence[Prediction]) -> dict[str, Any]:
+def _row_figures(task: Task, job: OutputJob, found: Sequence[Prediction]) -> dict[str, Any]:
     report = aggregate(task, by_example(found)).as_dict()
     figures = {name: report[name] for name in ("metrics", "groups", "unjudged", "completions")}
     lengths = [one.new_tokens for one in found if one.new_tokens is not None]
@@ -125,7 +125,7 @@ def _row_figures(task: Task, job: Job, found: Sequence[Prediction]) -> dict[str,
     return figures
 
 
-def _first_prompt(job: Job) -> dict[str, str]:
+def _first_prompt(job: OutputJob) -> dict[str, str]:
     """What each role read of the first example; nothing if that is lost, and no figure needs it."""
     path = job.directory / FIRST_PROMPT
     try:
@@ -213,7 +213,7 @@ def _comparisons(
 
 
 def _sweep(
-    evaluation: Evaluation, run: TaskRun, jobs: Mapping[str, Job], found: Found
+    evaluation: Evaluation, run: TaskRun, jobs: Mapping[str, OutputJob], found: Found
 ) -> dict[str, Any] | None:
     """The metrics at each alpha, and those of the rows on the same examples."""
     if not evaluation.alphas:
@@ -224,7 +224,7 @@ def _sweep(
     of_alpha = {alpha: by_alpha.get(alpha, proxy) for alpha in evaluation.alphas}
     task = dataclasses.replace(run.task, examples=run.task.examples[: run.swept])
 
-    def metrics(job: Job) -> dict[str, Any]:
+    def metrics(job: OutputJob) -> dict[str, Any]:
         ids = {example.id for example in task.examples}
         scored = {i: s for i, s in by_example(found[job.directory]).items() if i in ids}
         return aggregate(task, scored).as_dict()["metrics"]

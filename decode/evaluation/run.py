@@ -15,22 +15,20 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import manifest
-import processes
-from decode import job, memory
-from decode.evaluation.plan import Evaluation, Job, decoding_config
-from decode.generate import load_with_progress, record
+from decode import job
+from decode.evaluation.plan import Evaluation, OutputJob, decoding_config
+from decode.generate import record
 from decode.outputs import Output
 from decode.requests import Options, Request, as_schedule
 from decode.scheduler import Generator, longest_contexts, make_requests
 from decode.score import Passage, Scorer, make_passages
 from decode.tasks import Example
+from proxy_jax.jobs import files, processes
 from proxy_jax.tokenization import Template
-from proxy_jax.trio import LoadedTrio, Trio, open_trio
+from proxy_jax.trio import LoadedTrio, Trio
 
 FIRST_PROMPT = "first_prompt.json"
 
@@ -48,7 +46,7 @@ class Work:
       contexts: by role, the longest context.
     """
 
-    jobs: Sequence[Job]
+    jobs: Sequence[OutputJob]
     trio: Trio
     options: Options
     requests: Sequence[Request]
@@ -62,14 +60,12 @@ class OpenRow:
 
     Attributes:
       row: of ROWS.
-      config: of a decoding job with these models.
-      trio: the models; one alone plays the base.
+      job: the models, and how they are loaded.
       works: by task.
     """
 
     row: str
-    config: ConfigDict
-    trio: Trio
+    job: job.Job
     works: Sequence[Work]
 
 
@@ -80,7 +76,7 @@ def unfinished(evaluation: Evaluation) -> set[Path]:
       InputError: a directory has the output of another job.
     """
     found = []
-    if jax.process_index() == 0:
+    if processes.is_first():
         found = [str(one.directory) for one in evaluation.jobs if one.waiting()]
     return set(map(Path, processes.from_first(found)))
 
@@ -113,10 +109,7 @@ def decode_row(opened: OpenRow) -> None:
     Raises:
       InputError: a checkpoint that is damaged, logits that are not finite, a full disk.
     """
-    config = opened.config
-    loaded = load_with_progress(
-        opened.trio, config, job.placement(config), job.stacked_layers(config)
-    )
+    loaded = opened.job.load()
     for work in opened.works:
         _decode_work(dataclasses.replace(loaded, trio=work.trio), work, opened.row)
 
@@ -124,9 +117,9 @@ def decode_row(opened: OpenRow) -> None:
 def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
     with contextlib.ExitStack() as stack:
         first = work.trio.encode(work.jobs[0].prompts[0])
-        files = [stack.enter_context(contextlib.closing(one.open(first))) for one in work.jobs]
+        outputs = [stack.enter_context(contextlib.closing(one.open(first))) for one in work.jobs]
         _write_first_prompt(work, first)
-        pairs = list(zip(work.jobs, files, strict=True))
+        pairs = list(zip(work.jobs, outputs, strict=True))
         resumed = [len(file.done & set(range(one.completions))) for one, file in pairs]
         bar = stack.enter_context(
             tqdm(
@@ -134,7 +127,7 @@ def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
                 initial=sum(resumed),
                 unit="text",
                 desc=f"{work.jobs[0].run.task.name}, {row}",
-                disable=jax.process_index() > 0,
+                disable=not processes.is_first(),
             )
         )
         if work.passages:
@@ -146,7 +139,7 @@ def _decode_work(loaded: LoadedTrio, work: Work, row: str) -> None:
 
 
 def _decode_texts(
-    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, Output]], bar: tqdm
+    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[OutputJob, Output]], bar: tqdm
 ) -> dict[str, Any]:
     """Decodes the jobs of a task in the same batches; returns figures of their common run."""
     generator = Generator(loaded, work.options)
@@ -178,7 +171,7 @@ def _decode_texts(
 
 
 def _decode_letters(
-    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[Job, Output]], bar: tqdm
+    loaded: LoadedTrio, work: Work, pairs: Sequence[tuple[OutputJob, Output]], bar: tqdm
 ) -> dict[str, Any]:
     """Scores the letters of every example, for all alphas in one pass of each model."""
     options, run = work.options, work.jobs[0].run
@@ -220,7 +213,7 @@ def _letters(example: Example) -> str:
     return example.fields["letters"]
 
 
-def _prompt_rows(one: Job) -> list[job.PromptRow]:
+def _prompt_rows(one: OutputJob) -> list[job.PromptRow]:
     return [
         job.PromptRow(line, prompt, example.id)
         for line, (example, prompt) in enumerate(zip(one.examples, one.prompts, strict=True), 1)
@@ -228,7 +221,10 @@ def _prompt_rows(one: Job) -> list[job.PromptRow]:
 
 
 def _open_row(
-    config: ConfigDict, row: str, parts: Sequence[Sequence[Job]], left: Sequence[Sequence[Job]]
+    config: ConfigDict,
+    row: str,
+    parts: Sequence[Sequence[OutputJob]],
+    left: Sequence[Sequence[OutputJob]],
 ) -> OpenRow:
     """Opens a row.
 
@@ -238,25 +234,18 @@ def _open_row(
       parts: by task, all its jobs.
       left: of those, the ones with something left to do.
     """
-    own = decoding_config(config, row)
-    options, place = job.options(own), job.placement(own)
-    job.stacked_layers(own)  # refuses what it does not know
-    trio = open_trio(job.model_specs(own))
-    trio.check_placement(place)
-    trio.check_weights()
-    place.check_divides("batch", options.batch_size, "batch_size")
-    passes = trio.passes(job.plan(own))
+    opened = job.open_job(decoding_config(config, row))
     works = [
-        _work(trio, options, jobs[0], some) for jobs, some in zip(parts, left, strict=True) if some
+        _work(opened.trio, opened.options, jobs[0], some)
+        for jobs, some in zip(parts, left, strict=True)
+        if some
     ]
     for work in works:
-        memory.estimate(
-            trio, passes, place, options.batch_size, work.contexts, work.options.max_new_tokens
-        ).check()
-    return OpenRow(row, own, trio, works)
+        opened.estimate(work.contexts, work.options.max_new_tokens).check()
+    return OpenRow(row, opened, works)
 
 
-def _work(trio: Trio, options: Options, whole: Job, jobs: Sequence[Job]) -> Work:
+def _work(trio: Trio, options: Options, whole: OutputJob, jobs: Sequence[OutputJob]) -> Work:
     """One task's part of a row: `jobs` of it, asked like `whole`, its job on all examples."""
     run, trio = whole.run, _prompted(trio, whole.templates)
     options = run.task.decoding.options(options)
@@ -289,7 +278,7 @@ def _prompted(trio: Trio, templates: Mapping[str, str]) -> Trio:
 def _write_first_prompt(work: Work, ids: Mapping[str, Sequence[int]]) -> None:
     """What each role reads of the first example, for the report."""
     first = work.jobs[0]
-    if first.number or jax.process_index() > 0:
+    if first.number or not processes.is_first():
         return
     texts = {role: work.trio.tokenizer.decode(some) for role, some in ids.items()}
-    manifest.replace(first.directory / FIRST_PROMPT, json.dumps(texts, indent=2).encode())
+    files.replace(first.directory / FIRST_PROMPT, json.dumps(texts, indent=2).encode())

@@ -16,12 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import manifest
 from decode import tasks
-from decode.evaluation.plan import Job
+from decode.evaluation.plan import OutputJob
 from decode.requests import FinishReason
 from decode.tasks import Example, Scored, Task, add_verdicts, ask_judge, load_judge
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files, manifest
 from proxy_jax.reading import Fields, read_json, reading
 from proxy_jax.rows import Row, read_whole_lines
 
@@ -60,7 +60,7 @@ class _Record:
     new_tokens: int | None = None
 
 
-def predictions(job: Job, progress: Callable[[int], None]) -> list[Prediction]:
+def predictions(job: OutputJob, progress: Callable[[int], None]) -> list[Prediction]:
     """What a finished job's completions are worth, in the order of the examples.
 
     Args:
@@ -80,9 +80,9 @@ def predictions(job: Job, progress: Callable[[int], None]) -> list[Prediction]:
                 examples = {example.id: example for example in job.examples}
                 return [_from_fields(examples, row.fields) for row in read_whole_lines(file)]
     found = _score(job, progress)
-    manifest.replace(file, "".join(_line(one) for one in found).encode())
+    files.replace(file, "".join(_line(one) for one in found).encode())
     state["predictions"] = manifest.digest(file)
-    manifest.replace(beside, json.dumps(state).encode())
+    files.replace(beside, json.dumps(state).encode())
     return found
 
 
@@ -94,7 +94,7 @@ def by_example(found: Sequence[Prediction]) -> dict[str, list[Scored]]:
     return grouped
 
 
-def _score(job: Job, progress: Callable[[int], None]) -> list[Prediction]:
+def _score(job: OutputJob, progress: Callable[[int], None]) -> list[Prediction]:
     task, samples = job.run.task, job.run.task.decoding.samples
     records = _letters(job) if job.run.letters else _texts(job)
     examples = [example for example in job.examples for _ in range(samples)]
@@ -131,7 +131,10 @@ def _scored(
 
 
 def _judged(
-    job: Job, examples: Sequence[Example], scored: Sequence[Scored], progress: Callable[[int], None]
+    job: OutputJob,
+    examples: Sequence[Example],
+    scored: Sequence[Scored],
+    progress: Callable[[int], None],
 ) -> list[Scored]:
     """Adds what the judge says; asks it only what it has not been asked."""
     task, name, file = job.run.task, job.run.judge, job.directory / JUDGED
@@ -151,7 +154,7 @@ def _judged(
                 entries.append({"judge": name, "id": example.id, "text": text, "said": answer})
         finally:  # what it said before it failed is kept
             lines = [json.dumps(entry, allow_nan=False) + "\n" for entry in entries]
-            manifest.replace(file, "".join(lines).encode())
+            files.replace(file, "".join(lines).encode())
         progress(len(piece))
     said_of_each = [
         known[example.id, one.extracted] for example, one in zip(examples, scored, strict=True)
@@ -167,7 +170,7 @@ def _entry(row: Row, judge: str, asks: Sequence[str]) -> dict[str, Any]:
     return entry | {"said": {name: float(said.real(name, 0, 1)) for name in names}}
 
 
-def _texts(job: Job) -> list[_Record]:
+def _texts(job: OutputJob) -> list[_Record]:
     """A job's completions, in the order of the examples."""
     return [
         _Record(
@@ -179,7 +182,7 @@ def _texts(job: Job) -> list[_Record]:
     ]
 
 
-def _letters(job: Job) -> list[_Record]:
+def _letters(job: OutputJob) -> list[_Record]:
     """A job's scores of letters, in the order of the examples."""
     records = []
     for row in _rows(job):
@@ -191,7 +194,7 @@ def _letters(job: Job) -> list[_Record]:
     return records
 
 
-def _rows(job: Job) -> list[Row]:
+def _rows(job: OutputJob) -> list[Row]:
     """The lines of a job's output file, in the order of the examples."""
     by_row: dict[int, Row] = {}
     for row in read_whole_lines(job.outputs):
@@ -204,7 +207,7 @@ def _rows(job: Job) -> list[Row]:
     return [by_row[number] for number in range(job.completions)]
 
 
-def _made_from(job: Job) -> str:
+def _made_from(job: OutputJob) -> str:
     """Digest of all that the worth of completions depends on, but what judges do inside."""
     sources = sorted(Path(tasks.__file__).parent.glob("*.py"))
     content = {

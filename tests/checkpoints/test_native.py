@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import manifest
 from configs.train.defaults import sft as defaults
 from proxy_jax.checkpoints.adapters import read_adapter, save_adapter, with_adapter
 from proxy_jax.checkpoints.loading import load_params, open_checkpoint
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import manifest
 from proxy_jax.models.config import ModelConfig
 from proxy_jax.models.decoder import apply
 from proxy_jax.models.hf_config import config_from_hf

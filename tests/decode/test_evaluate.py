@@ -15,11 +15,13 @@ import jax
 import numpy as np
 import pytest
 
-from decode import evaluate
+from decode import evaluate, job
 from decode.evaluation import plan, run, scoring
+from decode.job import Job
 from decode.outputs import OutputFile
 from decode.tasks import gsm as gsm_task
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files
 from tests.decode import evaluations, jobs
 from tests.decode.evaluations import ALPHAS, RIGHT, SWEPT, last_number
 from tests.decode.tasks import rows as task_rows
@@ -54,7 +56,7 @@ def data(expected, tmp_path_factory):
 def finished(llama, data):
     """The config of an evaluation that has run, and what was alive when models were loaded."""
     config = evaluations.config_of(llama, data, *TASK_NAMES)
-    load = run.load_with_progress
+    load = Job.load
     weights: list[Any] = []
     alive: list[Any] = []
 
@@ -66,7 +68,7 @@ def finished(llama, data):
         return loaded
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "load_with_progress", watched)
+        patch.setattr(Job, "load", watched)
         evaluate.main(config)
     return config, alive
 
@@ -177,8 +179,8 @@ def test_prompts_that_are_shown(finished):
 @pytest.fixture
 def loads_nothing(monkeypatch):
     """Nothing is opened, loaded or decoded from here on."""
-    for name in ("open_trio", "load_with_progress", "Generator", "Scorer"):
-        monkeypatch.setattr(run, name, None)
+    for owner, name in ((job, "open_job"), (Job, "load"), (run, "Generator"), (run, "Scorer")):
+        monkeypatch.setattr(owner, name, None)
 
 
 def test_second_start_only_renders(finished, loads_nothing, monkeypatch):
@@ -219,7 +221,7 @@ def test_another_metric_is_scored_but_not_decoded(finished, loads_nothing, data,
 def test_interrupted_again_and_again(finished, llama, data, monkeypatch):
     """Each start ends at its 25th write, of whatever file; the end is that of one start."""
     config = evaluations.config_of(llama, data, *TASK_NAMES, output_dir=str(data / "again"))
-    append, replace = OutputFile.append, scoring.manifest.replace
+    append, replace = OutputFile.append, files.replace
     calls = []
 
     def stopping(function):
@@ -232,7 +234,7 @@ def test_interrupted_again_and_again(finished, llama, data, monkeypatch):
         return write
 
     monkeypatch.setattr(OutputFile, "append", stopping(append))
-    monkeypatch.setattr(scoring.manifest, "replace", stopping(replace))
+    monkeypatch.setattr(files, "replace", stopping(replace))
     starts = 0
     while True:
         starts, calls[:] = starts + 1, []
@@ -377,7 +379,7 @@ def test_judges_are_asked_once(llama, tmp_path, monkeypatch):
     judge = types.ModuleType("a_judge")
     judge.prefers_long = prefers_long  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "a_judge", judge)
-    monkeypatch.setattr(run, "load_with_progress", None)
+    monkeypatch.setattr(Job, "load", None)
     config.tasks.alpaca_eval.judge = "a_judge:prefers_long"
     with pytest.raises(InputError, match="out of money"):
         evaluate.main(config)
@@ -444,7 +446,7 @@ def test_a_task_that_samples(llama, tmp_path):
     ids=str,
 )
 def test_bad_configs(llama, data, tmp_path, fields, message, monkeypatch):
-    monkeypatch.setattr(run, "load_with_progress", None)  # nothing is loaded first
+    monkeypatch.setattr(Job, "load", None)  # nothing is loaded first
     given = {"output_dir": str(tmp_path / "out")} | fields
     with pytest.raises(InputError, match=message) as error:
         evaluate.main(evaluations.config_of(llama, data, "gsm", **given))

@@ -125,7 +125,7 @@ def test_files_that_cannot_be_read(fields):
 )
 @pytest.mark.parametrize("program", [generate, check], ids=["generate", "check"])
 def test_configs(llama, tmp_path, program, settings, message, monkeypatch):
-    monkeypatch.setattr(generate, "load_trio", None)  # nothing is loaded first
+    monkeypatch.setattr(job, "load_trio", None)  # nothing is loaded first
     rows = [{"prompt": "A"}, {"prompt": "one two three four five"}]
     jobs.write_prompts(tmp_path / "prompts.jsonl", rows)
     config = jobs.config_of(llama, tmp_path, **settings)
@@ -199,7 +199,7 @@ def test_prompt_longer_than_the_context_of_one_role(llama, tmp_path):
 
 def test_not_enough_memory(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "_available", lambda place: 100_000)
-    monkeypatch.setattr(generate, "load_trio", None)
+    monkeypatch.setattr(job, "load_trio", None)
     with pytest.raises(InputError, match=r"the job needs about .* GiB .* 0.0 GiB are there"):
         generate.main(jobs.config_of(llama, tmp_path))
     with pytest.raises(InputError, match="the job needs about"):

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager
 
 from decode import lm_eval as adapter
 from decode import memory
+from decode.job import Job
 from decode.score import Passage
 from tests.decode import harness
 
@@ -285,7 +286,7 @@ def test_not_enough_memory(llama, trio_model, monkeypatch):
     """Before anything is loaded; and once it is known how long the contexts are."""
     monkeypatch.setattr(memory, "_available", lambda place: 100_000)
     with monkeypatch.context() as patch:
-        patch.setattr(adapter, "load_with_progress", None)
+        patch.setattr(Job, "load", None)
         with pytest.raises(InputError, match=r"the job needs about .* GiB .* 0.0 GiB are there"):
             adapter.ProxyLM(base=str(llama.paths["base"]), dtype="float32")
     [request] = instances("generate_until", [("A" * 60, {"max_gen_toks": 400})])

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-import processes
+from proxy_jax.jobs import processes
 from tests.decode import jobs
 
 # Few rows at a time and a look of the host at every step: there is time to kill something.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from decode import check, generate, outputs
+from decode import check, generate, job, outputs
 from proxy_jax.errors import InputError
 from tests.decode import jobs
 from tests.trios import PROMPTS, STEPS
@@ -163,7 +163,7 @@ def test_finished_job_runs_nothing(llama, tmp_path, monkeypatch):
     config = jobs.config_of(llama, tmp_path)
     generate.main(config)
     before = jobs.outputs(config)
-    monkeypatch.setattr(generate, "load_trio", None)
+    monkeypatch.setattr(job, "load_trio", None)
     generate.main(config)
     assert jobs.outputs(config) == before
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from decode.evaluation import results
-from decode.evaluation.plan import Job, TaskRun
+from decode.evaluation.plan import OutputJob, TaskRun
 from decode.evaluation.run import FIRST_PROMPT
 from decode.evaluation.scoring import JUDGED, PREDICTIONS, predictions
 from decode.tasks import choices
@@ -50,11 +50,11 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def job_in(directory, outputs, *, judge="", letters=False) -> Job:
+def job_in(directory, outputs, *, judge="", letters=False) -> OutputJob:
     if outputs is not None:
         content = outputs if isinstance(outputs, bytes) else outputs.encode()
         (directory / "outputs.jsonl").write_bytes(content)
-    return Job(
+    return OutputJob(
         run=TaskRun(TASK, {}, 3, 3, letters=letters, judge=judge),
         row="base",
         number=0,

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-import native_stderr
+from proxy_jax.jobs import native_stderr
 
 # As jaxlib 0.10 writes them, abridged.
 POLLED = "E1122 23:57:04.790482   22736 coordination_service_agent.cc:289] Polled an error from\n"

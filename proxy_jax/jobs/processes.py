@@ -20,9 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-import manifest
-import native_stderr
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import manifest, native_stderr
 
 # Process 0 may have results to score and draw long after the others have nothing left to do. They
 # wait for it in the end; the heartbeats, 100 seconds by default, say whether it is still there.
@@ -67,6 +66,11 @@ def join(*, catches_sigterm: bool) -> None:
         ) from error
     except RuntimeError as error:
         raise InputError(f"distributed: {error}") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
 
 
 def from_first(value: Any) -> Any:

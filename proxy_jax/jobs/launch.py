@@ -15,11 +15,11 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-import processes
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import processes
+from proxy_jax.jobs.exits import INTERRUPTED, fail
 from proxy_jax.reading import reading, shown
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is a shell's for SIGINT
 _PATIENCE = 30  # seconds that a program has to end after Ctrl-C
 
 
@@ -68,7 +68,7 @@ def run(
             main(config.value)
             sys.stdout.flush()
         except InputError as error:
-            _fail(error)
+            fail(error)
         except BrokenPipeError:  # whoever read the output, head(1) say, has enough
             _leave_output()
         except (Exception, KeyboardInterrupt) as error:
@@ -153,17 +153,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return flags.FLAGS(argv)
     except KeyError as error:  # its text is the name, and perhaps a better one
-        _fail(InputError(f"--config: there is no field {error.args[0] if error.args else ''}"))
-        raise
+        fail(InputError(f"--config: there is no field {error.args[0] if error.args else ''}"))
     except (Exception, SystemExit) as error:  # whatever a config file does
         kind = "" if isinstance(error, flags.Error | InputError) else f"{type(error).__name__}: "
-        _fail(InputError(f"{kind}{error}"))
-        raise  # not reached: _fail exits
-
-
-def _fail(error: Exception) -> None:
-    # One line, whatever a library put into its message.
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    if jax.distributed.is_initialized():
-        processes.leave(BAD_INPUT)
-    sys.exit(BAD_INPUT)
+        fail(InputError(f"{kind}{error}"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import re
 import shlex
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import files
 from proxy_jax.reading import read_json
 
 FILE = "manifest.json"
@@ -66,24 +66,7 @@ def changed(old: dict[str, Any], now: dict[str, Any], free: Collection[str]) -> 
 
 def write(directory: Path, content: dict[str, Any]) -> None:
     """Replaces a directory's manifest."""
-    replace(directory / FILE, json.dumps(content, indent=2).encode() + b"\n")
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file so that a kill at any instant leaves the old one or the new one.
-
-    Raises:
-      InputError: the disk is full or fails.
-    """
-    beside = path.with_name(path.name + ".new")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write ({error.strerror})") from error
+    files.replace(directory / FILE, json.dumps(content, indent=2).encode() + b"\n")
 
 
 def digest(path: Path) -> str:

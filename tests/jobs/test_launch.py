@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-import launch
 from configs.defaults import decoding
 from configs.train.defaults import sft
 from proxy_jax.errors import InputError
+from proxy_jax.jobs import launch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys
 import time
 
-import launch
+from proxy_jax.jobs import launch
 from configs.defaults import decoding
 from proxy_jax.errors import InputError
 
