@@ -12,10 +12,10 @@ configs/architectures.py, and then every model has random weights, drawn on the 
         --config.expert.path=meta-llama/Llama-2-7b-hf --config.expert.adapter=rank=16 \\
         --config.output_dir=runs/benchmark
 
-configs/defaults.py explains the fields of `benchmark`. The
-floor of a step is the time to read what it must (decode.timing.step_bytes) at the bandwidth that a
-matrix-vector product reaches here, the best seen before and between the rows. Prints a table, and
-writes benchmark.json and benchmark.png into the output directory.
+configs/defaults.py explains the fields of `benchmark`. The floor of a step is the time to read what
+it must (decode.timing.step_bytes) at the bandwidth that a matrix-vector product reaches here, the
+best seen before and between the rows. Prints a table, and writes benchmark.json and benchmark.png
+into the output directory.
 """
 
 from __future__ import annotations

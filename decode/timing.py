@@ -41,6 +41,14 @@ class Case:
         """Random prompts, [B, T]."""
         return np.random.default_rng(0).integers(vocabulary, size=(self.batch, self.prompt))
 
+    def requests(self, trio: Trio, alpha: float) -> list[Request]:
+        """Makes requests of random prompts, the same for every role."""
+        vocabulary = min(member.config.vocab_size for member in trio.members.values())
+        return [
+            Request(row, dict.fromkeys(trio.roles, ids), as_schedule(alpha), self.output)
+            for row, ids in enumerate(self.tokens(vocabulary).tolist())
+        ]
+
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -94,11 +102,7 @@ def measure(
         chunk_steps=min(chunk_steps, case.output),
     )
     generator = Generator(loaded, options)
-    vocabulary = min(member.config.vocab_size for member in loaded.trio.members.values())
-    requests = [
-        Request(row, dict.fromkeys(loaded.trio.roles, ids), as_schedule(alpha), case.output)
-        for row, ids in enumerate(case.tokens(vocabulary).tolist())
-    ]
+    requests = case.requests(loaded.trio, alpha)
     contexts = longest_contexts(requests)
     times = Times([], [], case.output)
     for repeat in range(repeats + 1):

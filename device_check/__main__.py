@@ -15,7 +15,10 @@ from pathlib import Path
 
 from device_check import figures, report
 from device_check.plan import FIGURES, STAGES, Stage
+from proxy_jax.errors import InputError
 from proxy_jax.jobs import files
+from proxy_jax.jobs.exits import BAD_INPUT, one_line_errors
+from proxy_jax.reading import reading
 
 _LOOK = 0.5  # seconds between two looks at a stage
 _PATIENCE = 10  # times the seconds, in a rehearsal: it is to end, on however slow a CPU
@@ -61,7 +64,8 @@ def main() -> int:
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--stages: {unknown[0]!r} is not one of {', '.join(known)}")
     directory = chosen.output_dir.expanduser().resolve()
-    directory.mkdir(parents=True, exist_ok=True)
+    with reading(f"--output_dir {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
     (directory / FIGURES).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         environment = stage_environment(Path(scratch), chosen.wheels)
@@ -71,8 +75,8 @@ def main() -> int:
                 continue
             deadline += stage.seconds * (_PATIENCE if chosen.sizes == "tiny" else 1)
             status = run(stage, chosen.sizes, directory, deadline, environment)
-            if status == 2 and stage.name == "machine":
-                return 2
+            if status == BAD_INPUT and stage.name == "machine":
+                return status
     print(f"{directory / TABLE}\n{directory / JSON}")
     return 0 if all("ended" not in figure for figure in figures.read(directory / FIGURES)) else 1
 
@@ -82,11 +86,12 @@ def stage_environment(scratch: Path, wheels: Path | None) -> dict[str, str]:
     path = [str(_ROOT)]
     if wheels is not None:
         site = scratch / "site"
-        files = sorted(str(file) for file in wheels.expanduser().glob("*.whl"))
-        if not files:
-            sys.exit(f"error: --wheels: no .whl in {wheels}")
+        found = sorted(str(file) for file in wheels.expanduser().glob("*.whl"))
+        if not found:
+            raise InputError(f"--wheels: no .whl in {wheels}")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-        subprocess.run([*pip, "--target", str(site), *files], check=True)
+        if subprocess.run([*pip, "--target", str(site), *found]).returncode:
+            raise InputError(f"--wheels: pip cannot install those in {wheels}, as it says above")
         path.append(str(site))
     given = dict(os.environ)
     defaults = {
@@ -162,4 +167,5 @@ def _short(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with one_line_errors():
+        sys.exit(main())

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from decode import timing
-from decode.requests import Options, Request, as_schedule
+from decode.requests import Options
 from decode.scheduler import Generator, longest_contexts
 from decode.timing import Case
 from device_check.decoding import placement
@@ -39,11 +39,7 @@ def run(sizes: Sizes, record: Record, directory: Path) -> None:
         batch_size=case.batch, max_new_tokens=case.output, eos_ids=(), chunk_steps=_STEPS
     )
     generator = Generator(loaded, options)
-    vocabulary = min(member.config.vocab_size for member in trio.members.values())
-    requests = [
-        Request(row, dict.fromkeys(trio.roles, ids), as_schedule(1.0), case.output)
-        for row, ids in enumerate(case.tokens(vocabulary).tolist())
-    ]
+    requests = case.requests(trio, alpha=1.0)
     state = generator.new_state(longest_contexts(requests))
     state = generator.admit(state, dict(enumerate(requests)), {})
     state, _ = generator.chunk(state)

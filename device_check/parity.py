@@ -97,9 +97,8 @@ def decoding(kind: Kind, sampling: Sampling = GREEDY) -> Figure:
 def fused_attention(*, segments: bool) -> Figure:
     """Compares the fused kernel and its gradients with the plain form in float32."""
     length, dtype = 128, jnp.dtype("bfloat16")
-    config = dataclasses.replace(
-        config_from_hf(ARCHITECTURES["meta-llama/Llama-3.2-1B"], "attention"), num_layers=1
-    ).of_one_layer()
+    name = "meta-llama/Llama-3.2-1B"
+    config = config_from_hf(ARCHITECTURES[name], name).of_one_layer()
     place = _place()
     chosen = attention.kernel(config, place, length, dtype)
     heads = (2, length, config.num_heads, config.head_dim)

@@ -212,7 +212,9 @@ class Trio:
         for role, member in self.members.items():
             table = tensors(member.config)
             check_tensors(member.checkpoint, table, tied=member.config.tied_head)
-            if member.spec.adapter:
+            if member.spec.adapter and self.is_random:
+                _rank(member, role)
+            elif member.spec.adapter:
                 _adapter(member, role)
 
     def check_placement(self, place: Placement) -> None:
@@ -466,16 +468,24 @@ def _adapter(member: Member, role: Role) -> list[Layer]:
     Raises:
       InputError: an adapter that cannot be read.
     """
-    adapter = member.spec.adapter
-    if not isinstance(member.checkpoint, Architecture):
-        return read_adapter(Path(adapter).expanduser(), member.config)
-    rank = _RANK.fullmatch(adapter)
+    if isinstance(member.checkpoint, Architecture):
+        return random_adapter(member.config, _rank(member, role))
+    return read_adapter(Path(member.spec.adapter).expanduser(), member.config)
+
+
+def _rank(member: Member, role: Role) -> int:
+    """The rank of an architecture's adapter.
+
+    Raises:
+      InputError: an adapter that is not so given.
+    """
+    rank = _RANK.fullmatch(member.spec.adapter)
     if not rank:
         raise InputError(
-            f"{role}: adapter is {adapter!r}, and {member.spec.path} an architecture, whose "
-            "adapter is drawn at random: say its rank, as in rank=16"
+            f"{role}: adapter is {member.spec.adapter!r}, and {member.spec.path} an architecture, "
+            "whose adapter is drawn at random: say its rank, as in rank=16"
         )
-    return random_adapter(member.config, int(rank[1]))
+    return int(rank[1])
 
 
 def _check_softcaps(members: Mapping[Role, Member]) -> None:

@@ -68,8 +68,18 @@ def peak_flops(dtype: Any) -> float:
     known = [name for name in _BFLOAT16_PEAK if kind.startswith(name)]
     if jnp.dtype(dtype) == jnp.bfloat16 and known:
         return _BFLOAT16_PEAK[max(known, key=len)] * jax.device_count()
-    n = _MEASURED_SIZE
-    x = jnp.ones((n, n), dtype)
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
+    return product_flops(dtype, _MEASURED_SIZE) * devices
+
+
+def product_flops(dtype: Any, size: int) -> float:
+    """Times a square product: floating-point operations a second of one device, the best of three.
+
+    Args:
+      dtype: of both factors; the result is float32.
+      size: n of [n, n].
+    """
+    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     multiply = jax.jit(
         lambda a, b: jnp.matmul(
             a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST
@@ -81,5 +91,4 @@ def peak_flops(dtype: Any) -> float:
         started = time.perf_counter()
         multiply(x, x).block_until_ready()
         seconds.append(time.perf_counter() - started)
-    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    return 2 * n**3 / min(seconds) * devices
+    return 2 * size**3 / min(seconds)
